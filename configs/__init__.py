@@ -1,0 +1,1 @@
+"""Training configurations: each module defines get_config(arg: str = "") -> ConfigDict."""

@@ -1,0 +1,101 @@
+"""The incumbent: a 6-layer, 384-wide decoder (GQA, RMSNorm, SwiGLU, RoPE) on the standard library's sources.
+
+    python -m foundry_jax.main --config=configs/baseline.py          # or :mla, :gqa_1kv,lr=3e-4, ...
+
+Every key there is stands here, with a comment; all other configs change some of these values.
+"""
+
+from ml_collections import ConfigDict
+
+from foundry_jax import mutate
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the baseline with the mutations named in `arg` applied."""
+    c = ConfigDict()
+    c.name = "baseline"  # names the default run folder
+    c.seed = 0  # parameters, dropout and data order
+    c.num_steps = 5000  # optimizer steps
+
+    c.model = ConfigDict()
+    c.model.vocab_size = 0  # 0: the tokenizer's
+    c.model.context_length = 256  # tokens a sequence
+    c.model.num_layers = 6
+    c.model.model_dim = 384
+    c.model.num_heads = 6  # query heads
+    c.model.num_kv_heads = 2  # key/value heads; 0: one per query head
+    c.model.head_dim = 0  # 0: model_dim / num_heads
+    c.model.mlp_dim = 0  # 0: 8/3 model_dim, as many parameters as a plain MLP of 4 model_dim
+    c.model.attention = "gqa"  # gqa, mla
+    c.model.q_lora_rank = 0  # MLA: rank of the query projection; 0: full rank
+    c.model.kv_lora_rank = 128  # MLA: rank of the cached key/value latent
+    c.model.qk_nope_head_dim = 32  # MLA: query/key dims without position, per head
+    c.model.qk_rope_head_dim = 32  # MLA: query/key dims with rotary position, per head
+    c.model.v_head_dim = 64  # MLA: value dims per head
+    c.model.mlp = "swiglu"
+    c.model.norm = "rmsnorm"
+    c.model.norm_epsilon = 1e-5  # added to the mean square
+    c.model.position = "rope"
+    c.model.rope_theta = 10000.0  # longest wavelength of the rotary embedding / 2 pi
+    c.model.tie_embeddings = True  # the output matrix is the embedding
+    c.model.dropout = 0.0  # after the embedding, the attention and the MLP
+    c.model.dtype = "float32"  # of matmuls; parameters, softmax and loss are always float32
+    c.model.scan_layers = False  # one compiled block for all layers: compiles faster, may run slower
+    c.model.remat = "none"  # recompute in the backward pass: none, dots (keep matmuls), full
+
+    c.data = ConfigDict()
+    c.data.source = "pystdlib"  # pystdlib, text, bin
+    c.data.path = ""  # text: a file, folder or glob; bin: a folder with train.bin and val.bin
+    c.data.tokenizer = "bpe"  # char, byte, bpe
+    c.data.tokenizer_path = ""  # a tokenizer.json; empty: fit one on the training documents
+    c.data.vocab_size = 8192  # of a fitted BPE tokenizer
+    c.data.split = "document"  # document: by hash of its name; tail: the end of the text (nanoGPT)
+    c.data.validation_fraction = 0.05
+    c.data.batch_size = 64  # sequences per optimizer step, over all devices
+    c.data.cache_dir = ""  # token cache; empty: $FOUNDRY_CACHE or ~/.cache/foundry_jax
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # adamw, lion
+    c.optimizer.learning_rate = 6e-4  # peak
+    c.optimizer.min_learning_rate = 6e-5  # at the last step
+    c.optimizer.schedule = "cosine"  # cosine, linear, wsd, constant
+    c.optimizer.warmup_steps = 100  # of linear warm-up
+    c.optimizer.decay_fraction = 0.2  # wsd: share of the steps spent decaying
+    c.optimizer.weight_decay = 0.1  # decoupled; matrices only
+    c.optimizer.decay_embeddings = True  # whether weight decay reaches the embedding and output matrices
+    c.optimizer.beta1 = 0.9
+    c.optimizer.beta2 = 0.95
+    c.optimizer.epsilon = 1e-8
+    c.optimizer.clip_norm = 1.0  # largest global gradient norm; 0: no clipping
+    c.optimizer.ema_decay = 0.9999  # moving average of the weights, evaluated beside the raw ones; 0: equal to them
+    c.optimizer.accumulation_steps = 1  # micro-batches per step; 2 or more also measure the gradient noise scale
+
+    c.loss = ConfigDict()
+    c.loss.name = "cross_entropy"
+    c.loss.label_smoothing = 0.0
+    c.loss.z_loss = 0.0  # weight of logsumexp(logits)^2
+
+    c.sharding = ConfigDict()
+    c.sharding.strategy = "auto"  # auto, none, ddp, fsdp
+    c.sharding.fsdp_min_params = 1e9  # auto: fewer parameters than this are replicated (ddp)
+    c.sharding.data = 0  # size of the mesh axis over batches; 0: the planner's choice
+    c.sharding.fsdp = 0  # size of the mesh axis over batches and parameters
+    c.sharding.tensor = 0  # size of the mesh axis over heads, mlp and vocabulary
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 500  # steps
+    c.checkpoint.keep_latest = 2
+    c.checkpoint.keep_best = 1  # by validation loss
+
+    c.eval = ConfigDict()
+    c.eval.every = 500  # steps between passes over the whole validation set
+    c.eval.batch_size = 64  # sequences
+
+    c.log = ConfigDict()
+    c.log.every = 10  # steps
+    c.log.trackers = ""  # besides metrics.jsonl: tensorboard, wandb (comma separated)
+
+    c.guard = ConfigDict()
+    c.guard.max_skips = 5  # non-finite steps in a row that are skipped before rolling back to a checkpoint
+    c.guard.max_rollbacks = 3  # roll-backs before the run fails
+    return mutate.apply(c, arg)

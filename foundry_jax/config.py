@@ -1,0 +1,242 @@
+"""From a config file, its argument and overrides to one frozen, validated Config.
+
+A config file defines get_config(arg) -> ml_collections.ConfigDict with every key of the dataclasses below.
+The ConfigDict is what users, mutations and overrides edit; the library reads only the dataclasses.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from foundry_jax.errors import UserError
+from foundry_jax.model.config import ModelConfig
+from foundry_jax.registry import unknown
+from foundry_jax.schema import build, coerce, require, require_range
+
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+SPLITS = ("document", "tail")
+STRATEGIES = ("auto", "none", "ddp", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from and how they are batched."""
+
+    source: str
+    path: str
+    tokenizer: str
+    tokenizer_path: str
+    vocab_size: int
+    split: str
+    validation_fraction: float
+    batch_size: int
+    cache_dir: str
+
+    def __post_init__(self):
+        require_range(
+            self, "data.", vocab_size=(257, 2**31 - 1), validation_fraction=(0.0001, 0.5), batch_size=(1, math.inf)
+        )
+        require(self.split in SPLITS, f"data.split={self.split!r} must be one of {', '.join(SPLITS)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule. Every number but accumulation_steps is a traced input of the compiled step."""
+
+    name: str
+    learning_rate: float
+    min_learning_rate: float
+    schedule: str
+    warmup_steps: int
+    decay_fraction: float
+    weight_decay: float
+    decay_embeddings: bool
+    beta1: float
+    beta2: float
+    epsilon: float
+    clip_norm: float
+    ema_decay: float
+    accumulation_steps: int
+
+    def __post_init__(self):
+        inf = math.inf
+        require_range(
+            self, "optimizer.", learning_rate=(0, 1e3), min_learning_rate=(0, 1e3), warmup_steps=(0, inf),
+            decay_fraction=(0, 1), weight_decay=(0, inf), beta1=(0, 0.99999999), beta2=(0, 0.99999999),
+            epsilon=(0, 1), clip_norm=(0, inf), ema_decay=(0, 0.99999999), accumulation_steps=(1, inf))  # fmt: skip
+        require(
+            self.schedule in SCHEDULES, f"optimizer.schedule={self.schedule!r} must be one of {', '.join(SCHEDULES)}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The training loss. Validation is always plain cross-entropy."""
+
+    name: str
+    label_smoothing: float
+    z_loss: float
+
+    def __post_init__(self):
+        require_range(self, "loss.", label_smoothing=(0, 0.999), z_loss=(0, math.inf))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingConfig:
+    """How parameters and batches are laid out over devices; a zero axis size is chosen by the planner."""
+
+    strategy: str
+    fsdp_min_params: float
+    data: int
+    fsdp: int
+    tensor: int
+
+    def __post_init__(self):
+        require(
+            self.strategy in STRATEGIES,
+            f"sharding.strategy={self.strategy!r} must be one of {', '.join(STRATEGIES)}.",
+        )
+        require_range(
+            self, "sharding.", fsdp_min_params=(0, math.inf), data=(0, math.inf), fsdp=(0, math.inf), tensor=(0, math.inf)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and how many to keep; every counts steps."""
+
+    every: int
+    keep_latest: int
+    keep_best: int
+
+    def __post_init__(self):
+        require_range(self, "checkpoint.", every=(1, math.inf), keep_latest=(1, math.inf), keep_best=(0, math.inf))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """When to evaluate on the whole validation set; every counts steps, batch_size sequences."""
+
+    every: int
+    batch_size: int
+
+    def __post_init__(self):
+        require_range(self, "eval.", every=(1, math.inf), batch_size=(1, math.inf))
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """How often metrics are written, in steps, and to which trackers besides metrics.jsonl (comma separated)."""
+
+    every: int
+    trackers: str
+
+    def __post_init__(self):
+        require_range(self, "log.", every=(1, math.inf))
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """What to do about non-finite steps: skip each, roll back after max_skips in a row, give up after max_rollbacks."""
+
+    max_skips: int
+    max_rollbacks: int
+
+    def __post_init__(self):
+        require_range(self, "guard.", max_skips=(1, math.inf), max_rollbacks=(0, math.inf))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    name: str
+    seed: int
+    num_steps: int
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    loss: LossConfig
+    sharding: ShardingConfig
+    checkpoint: CheckpointConfig
+    eval: EvalConfig
+    log: LogConfig
+    guard: GuardConfig
+
+    def __post_init__(self):
+        require_range(self, "", seed=(0, 2**31 - 1), num_steps=(1, 2**31 - 1))
+        require(
+            self.data.batch_size % self.optimizer.accumulation_steps == 0,
+            f"data.batch_size={self.data.batch_size} must be a multiple of "
+            f"optimizer.accumulation_steps={self.optimizer.accumulation_steps}.",
+        )
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> Config:
+    """Returns the Config of "path/to/file.py[:argument]" with "dotted.key=value" overrides applied.
+
+    Raises:
+        UserError: no such file, unknown key or variant, wrong type, or a value out of range.
+    """
+    return build(Config, load_dict(spec, overrides))
+
+
+def load_dict(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Returns the ConfigDict of "path/to/file.py[:argument]" with overrides applied, not yet validated."""
+    path, _, argument = spec.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"No config file {path!r}; try --config=configs/tiny.py or configs/baseline.py:mla.")
+    module_spec = importlib.util.spec_from_file_location(f"_config_{pathlib.Path(path).stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} must define get_config(arg: str = ''); see configs/forkme.py.")
+    config = module.get_config(argument)
+    return set_values(config, dict(_split_override(text) for text in overrides))
+
+
+def set_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """Returns a copy of config with dotted keys set, each coerced to the type of the value it replaces.
+
+    Raises:
+        UserError: an unknown key (with the nearest one) or a wrong type.
+    """
+    config = config.copy_and_resolve_references()
+    for dotted, value in values.items():
+        *sections, name = dotted.split(".")
+        node, prefix = config, ""
+        for section in sections:
+            _require_key(node, section, prefix)
+            node, prefix = node[section], f"{prefix}{section}."
+            require(isinstance(node, ConfigDict), f"{prefix[:-1]} is a value, not a section: {dotted!r} names no key.")
+        _require_key(node, name, prefix)
+        require(not isinstance(node[name], ConfigDict), f"{dotted} is a section; set one of its keys.")
+        node[name] = coerce(value, type(node[name]), dotted)
+    return config
+
+
+def to_flat_dict(config: Config) -> dict[str, Any]:
+    """Returns {dotted key: value} of a Config, in order."""
+    flat = {}
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{key}": inner for key, inner in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def _require_key(node: ConfigDict, name: str, prefix: str) -> None:
+    if name not in node:
+        raise UserError(unknown(f"{prefix}{name}", [f"{prefix}{key}" for key in node.keys()], "config key"))
+
+
+def _split_override(text: str) -> tuple[str, str]:
+    dotted, equals, value = text.partition("=")
+    require(bool(equals), f"Override {text!r} must look like optimizer.learning_rate=3e-4.")
+    return dotted, value

@@ -1,0 +1,72 @@
+"""The frozen, validated description of one architecture."""
+
+import dataclasses
+import math
+
+from foundry_jax.schema import require, require_range
+
+DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One architecture. Names of variants are checked where they are looked up, numbers here.
+
+    Zero means "derive it" for vocab_size (from the tokenizer), num_kv_heads (one per query head), head_dim
+    (model_dim / num_heads), mlp_dim (8/3 model_dim, rounded up to a multiple of 64: a gated MLP then has
+    as many parameters as a plain one of 4 model_dim) and q_lora_rank (a full-rank query).
+    """
+
+    vocab_size: int
+    context_length: int
+    num_layers: int
+    model_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    attention: str
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    mlp: str
+    norm: str
+    norm_epsilon: float
+    position: str
+    rope_theta: float
+    tie_embeddings: bool
+    dropout: float
+    dtype: str
+    scan_layers: bool
+    remat: str
+
+    def __post_init__(self):
+        inf = math.inf
+        require_range(
+            self, "model.", vocab_size=(0, inf), context_length=(1, inf), num_layers=(1, inf), model_dim=(1, inf),
+            num_heads=(1, inf), num_kv_heads=(0, inf), head_dim=(0, inf), mlp_dim=(0, inf), q_lora_rank=(0, inf),
+            kv_lora_rank=(1, inf), qk_nope_head_dim=(1, inf), qk_rope_head_dim=(1, inf), v_head_dim=(1, inf),
+            norm_epsilon=(0, 1), rope_theta=(1, inf), dropout=(0, 0.999))  # fmt: skip
+        require(self.dtype in DTYPES, f"model.dtype={self.dtype!r} must be one of {', '.join(DTYPES)}.")
+        require(
+            self.remat in REMAT_POLICIES, f"model.remat={self.remat!r} must be one of {', '.join(REMAT_POLICIES)}."
+        )
+        if self.head_dim == 0:
+            require(
+                self.model_dim % self.num_heads == 0,
+                f"model.num_heads={self.num_heads} must divide model.model_dim={self.model_dim} when head_dim is 0; "
+                f"try num_heads in {divisors(self.model_dim)}, or set head_dim.",
+            )
+            object.__setattr__(self, "head_dim", self.model_dim // self.num_heads)
+        if self.num_kv_heads == 0:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.mlp_dim == 0:
+            object.__setattr__(self, "mlp_dim", -(-8 * self.model_dim // (3 * 64)) * 64)
+
+
+def divisors(number: int) -> list[int]:
+    """Returns the divisors of a positive number in ascending order."""
+    return [d for d in range(1, number + 1) if number % d == 0]

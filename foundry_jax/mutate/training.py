@@ -1,0 +1,78 @@
+"""Mutations of the training recipe."""
+
+from foundry_jax.errors import UserError
+from foundry_jax.registry import unknown
+
+SCHEDULE_VARIANTS = {
+    "cosine": "half a cosine from the peak to the minimum",
+    "linear": "a straight line from the peak to the minimum",
+    "wsd": "warm-up, stable, linear decay over the last decay_fraction of the steps",
+    "constant": "the peak rate after warm-up",
+}
+OPTIMIZER_VARIANTS = {
+    "adamw": "Adam with decoupled weight decay",
+    "lion": "the sign of an interpolated momentum",
+}
+
+
+def lr(config, peak: str):
+    """Peak learning rate; the minimum keeps its ratio to the peak."""
+    ratio = config.optimizer.min_learning_rate / config.optimizer.learning_rate
+    try:
+        return {"optimizer.learning_rate": float(peak), "optimizer.min_learning_rate": float(peak) * ratio}
+    except ValueError:
+        raise UserError(f"lr={peak!r} must be a number such as 3e-4.") from None
+
+
+def schedule(config, name: str):
+    """Shape of the learning rate over the run: cosine, linear, wsd or constant."""
+    if name not in SCHEDULE_VARIANTS:
+        raise UserError(unknown(name, SCHEDULE_VARIANTS, "schedule"))
+    return {"optimizer.schedule": name}
+
+
+def optimizer(config, name: str):
+    """The update rule: adamw or lion."""
+    if name not in OPTIMIZER_VARIANTS:
+        raise UserError(unknown(name, OPTIMIZER_VARIANTS, "optimizer"))
+    return {"optimizer.name": name}
+
+
+def batch_size(config, size: str):
+    """Sequences per optimizer step, over all devices."""
+    return {"data.batch_size": size}
+
+
+def warmup(config, steps: str):
+    """Steps of linear warm-up."""
+    return {"optimizer.warmup_steps": steps}
+
+
+def grad_clip(config, norm: str):
+    """Largest global gradient norm; 0 switches clipping off."""
+    return {"optimizer.clip_norm": norm}
+
+
+def weight_decay(config, rate: str):
+    """Decoupled weight decay of matrices."""
+    return {"optimizer.weight_decay": rate}
+
+
+def adam_betas(config, beta1: str, beta2: str):
+    """Decay rates of the first and second moment."""
+    return {"optimizer.beta1": beta1, "optimizer.beta2": beta2}
+
+
+def ema(config, decay: str):
+    """Decay of the exponential moving average of the weights; 0 makes it equal the raw weights."""
+    return {"optimizer.ema_decay": decay}
+
+
+def label_smoothing(config, epsilon: str):
+    """Probability mass spread evenly over the vocabulary in the training loss."""
+    return {"loss.label_smoothing": epsilon}
+
+
+def steps(config, count: str):
+    """Optimizer steps of the run; the schedule stretches with it."""
+    return {"num_steps": count}

@@ -1,0 +1,104 @@
+"""Typed construction of frozen dataclasses from untyped mappings, with one-line errors."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from foundry_jax.errors import UserError
+from foundry_jax.registry import unknown
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Returns cls(**values) with every value coerced to its field's type.
+
+    A field that is itself a dataclass takes a nested mapping. `where` is the dotted prefix shown in errors.
+
+    Raises:
+        UserError: an unknown key (with the nearest known one), a missing key, or a wrong type.
+    """
+    types = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    for name in values:
+        if name not in names:
+            raise UserError(unknown(name, names, f"config key {where}{name}:".rstrip(":")))
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise UserError(f"Missing config key {where}{missing[0]}; configs/baseline.py has them all.")
+    coerced = {}
+    for name in names:
+        dotted = f"{where}{name}"
+        if dataclasses.is_dataclass(types[name]):
+            if not isinstance(values[name], Mapping) and not hasattr(values[name], "items"):
+                raise UserError(f"{dotted}={values[name]!r} must be a section with keys, not a value.")
+            coerced[name] = build(types[name], dict(values[name].items()), f"{dotted}.")
+        else:
+            coerced[name] = coerce(values[name], types[name], dotted)
+    return cls(**coerced)
+
+
+def coerce(value: Any, kind: type, dotted: str) -> Any:
+    """Returns value as `kind` (bool, int, float or str); text such as "6e-4" is parsed.
+
+    Raises:
+        UserError: the value is not of that type and cannot be read as one.
+    """
+    try:
+        if kind is bool:
+            return _as_bool(value)
+        if kind is int:
+            return _as_int(value)
+        if kind is float:
+            return _as_float(value)
+        if kind is str and isinstance(value, str):
+            return value
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f"{dotted}={value!r} must be {_article(kind)}, not {_article(type(value))}.")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def require_range(owner: Any, prefix: str, **bounds: tuple[float, float]) -> None:
+    """Checks that numeric fields are finite and within closed (low, high) bounds.
+
+    Raises:
+        UserError: names the dotted key, the value and the allowed range.
+    """
+    for name, (low, high) in bounds.items():
+        value = getattr(owner, name)
+        if not (math.isfinite(value) and low <= value <= high):
+            limit = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise UserError(f"{prefix}{name}={value!r} must be a finite number {limit}.")
+
+
+def _as_bool(value: Any) -> bool:
+    if isinstance(value, str):
+        return {"true": True, "false": False}[value.lower()]
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _as_int(value: Any) -> int:
+    if isinstance(value, (bool, float)):
+        raise TypeError
+    return int(value)
+
+
+def _as_float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _article(kind: type) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return names.get(kind, kind.__name__)
