@@ -52,6 +52,7 @@ class RunFolder:
         self._last_beat = -math.inf
         self._warned = False
         self._lock = _take_lock(self.path) if primary else None
+        self._windows = _read_json(self.path / "data_windows.json") or []
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -78,16 +79,16 @@ class RunFolder:
         path = self.path / "config.json"
         new = json.loads(_dumps(flat))
         old = _read_json(path)
-        if old is not None:
-            changed = {key: text for key, text in _differences(old, new) if not _covers(operational, key)}
-            if changed:
-                raise UserError(
-                    f"{self.path} holds a run with another config: {'; '.join(changed.values())}. "
-                    f"Use another --workdir, or set these back."
-                )
-            for _, text in _differences(old, new):
-                logging.info("Config of %s: %s", self.path, text)
-        if old != new:
+        changes = {} if old is None else _differences(old, new)
+        refused = [text for key, text in changes.items() if not _covers(operational, key)]
+        if refused:
+            raise UserError(
+                f"{self.path} holds a run with another config: {'; '.join(refused)}. "
+                f"Use another --workdir, or set these back."
+            )
+        for text in changes.values():
+            logging.info("Config of %s: %s", self.path, text)
+        if old is None or changes:
             self._write(path, new)
 
     def write_result(self, values: Mapping[str, Any]) -> None:
@@ -101,9 +102,7 @@ class RunFolder:
             return
         self._last_beat = now
         try:
-            write_json_atomic(
-                self.path / "heartbeat.json", {"step": step, "time": time.time()}, durable=False
-            )
+            write_json_atomic(self.path / "heartbeat.json", {"step": step, "time": time.time()}, durable=False)
         except OSError as error:  # a full disk must not end a run that may outlive it
             if not self._warned:
                 logging.warning("No heartbeat in %s: %s", self.path, error.strerror)
@@ -114,16 +113,14 @@ class RunFolder:
 
         Windows noted for that step or later belonged to a future that was rolled back: they go.
         """
-        kept = [window for window in self._data_windows() if window[0] < from_step]
-        self._write(self.path / "data_windows.json", [*kept, [from_step, offset]])
+        kept = [window for window in self._windows if window[0] < from_step]
+        self._windows = [*kept, [from_step, offset]]
+        self._write(self.path / "data_windows.json", self._windows)
 
     def data_offset(self, step: int) -> int:
         """Returns how many batches further along the data this step reads; 0 in an untroubled run."""
-        offsets = [offset for from_step, offset in self._data_windows() if from_step <= step]
+        offsets = [offset for from_step, offset in self._windows if from_step <= step]
         return offsets[-1] if offsets else 0
-
-    def _data_windows(self) -> list[list[int]]:
-        return _read_json(self.path / "data_windows.json") or []
 
     def _write(self, path: pathlib.Path, value: Any) -> None:
         if self._primary:
@@ -255,13 +252,13 @@ def _explained(folder: pathlib.Path) -> Iterator[None]:
         raise UserError(f"Cannot write to {folder}: {error.strerror}; {cure}.") from error
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns [(key, "key: was A, now B")] of every key whose value differs."""
-    changes = []
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Returns {key: "key: was A, now B"} of every key whose value differs."""
+    changes = {}
     for key in dict.fromkeys([*old, *new]):
         was, now = old.get(key, _ABSENT), new.get(key, _ABSENT)
         if was != now:
-            changes.append((key, f"{key}: was {_show(was)}, now {_show(now)}"))
+            changes[key] = f"{key}: was {_show(was)}, now {_show(now)}"
     return changes
 
 
