@@ -18,6 +18,8 @@ import json
 import math
 import os
 import pathlib
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -28,7 +30,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from foundry_jax.errors import Preempted, UserError
+from foundry_jax.errors import UserError
 from foundry_jax.registry import lookup
 from foundry_jax.runfolder import fsync, write_json_atomic
 
@@ -171,24 +173,13 @@ class Checkpointer:
 
         Raises:
             UserError: the checkpoint is of another model, or all there are are damaged.
-            Preempted: in a multi-process run a step turned out to be damaged while it was loaded.
         """
         self._settle()
-        while (step := self._agree(lambda: self._newest_whole(before))) >= 0:
-            self._orbax.reload()
-            result = _read_or_damage(self._path(step), abstract_state, None)
-            if isinstance(result, Restored):
-                if _is_first():
-                    _seal(self._path(step))  # a crash came between its commit and its seal
-                return result
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                self._quarantine(step, result)
-            if jax.process_count() > 1:
-                raise Preempted(f"Checkpoint {step} is damaged ({result.detail}) and was set aside.")
+        step = self._agree(lambda: self._newest_whole(before))
         self._orbax.reload()
         if step == _ALL_DAMAGED:
             raise UserError(self._all_damaged())
-        return None
+        return None if step == _NONE else _read(self._path(step), abstract_state)
 
     def discard_newer(self, step: int) -> None:
         """Moves all steps after this one to the quarantine, as rolled back."""
@@ -253,6 +244,7 @@ class Checkpointer:
             if before is None or step < before:
                 damage = find_damage(self._path(step))
                 if damage is None:
+                    _seal(self._path(step))  # no-op unless a crash came between commit and seal
                     return step
                 self._quarantine(step, damage)
         return _ALL_DAMAGED if not self.steps() and self._damaged() else _NONE
@@ -311,26 +303,27 @@ def load_params(
     for candidate in _candidates(directory, step, better):
         path = directory / str(candidate)
         try:
-            result = find_damage(path) or _read_or_damage(path, abstract_params, subtree)
+            damage = find_damage(path)
+            if damage is None:
+                return _read(path, abstract_params, subtree)
         except FileNotFoundError:
-            result = Damage("missing", "the run deleted it meanwhile")
-        if isinstance(result, Restored):
-            return result
+            damage = Damage("missing", "the run deleted it meanwhile")
         if isinstance(step, int):
-            raise UserError(f"Checkpoint {path} is damaged ({result.detail}); choose from {_steps(directory)}.")
-        logging.warning("Checkpoint %d is damaged (%s); trying another.", candidate, result.detail)
+            raise UserError(f"Checkpoint {path} is damaged ({damage.detail}); choose from {_steps(directory)}.")
+        logging.warning("Checkpoint %d is damaged (%s); trying another.", candidate, damage.detail)
     raise UserError(f"No checkpoint to load in {directory}; train first, or name a run folder's checkpoints.")
 
 
 def find_damage(path: pathlib.Path) -> Damage | None:
-    """Returns what differs between a step's files and its seal; None if nothing, or no seal.
+    """Returns what differs between a step's files and its seal; None if nothing.
 
-    Reads everything once: about 1 s a gigabyte (zlib.crc32, 2026-11, one core).
+    Reads everything once: about 1 s a gigabyte (zlib.crc32, 2026-11, one core). A step without a seal
+    is loaded on trial instead, which finds all damage but flipped bits.
     """
     if not any(path.iterdir()):
         return Damage("empty", "the folder is empty")
     if not (path / SEAL).exists():
-        return None
+        return _load_on_trial(path)
     try:
         files = json.loads((path / SEAL).read_text())["files"]
     except (ValueError, KeyError):
@@ -344,6 +337,39 @@ def find_damage(path: pathlib.Path) -> Damage | None:
         if _crc32(path / name) != expected["crc32"]:
             return Damage("checksum", f"{name} has changed since it was written")
     return None
+
+
+def _load_on_trial(path: pathlib.Path) -> Damage | None:
+    """Returns what keeps an unsealed step from loading; None if it loads."""
+    problem = _load_problem(path) if jax.process_count() == 1 else _load_problem_in_child(path)
+    return Damage("unreadable", f"unsealed, and it does not load: {problem}") if problem else None
+
+
+def _load_problem(path: pathlib.Path) -> str:
+    """Loads a step leaf by leaf, so that host memory suffices; returns "" or the error in one line."""
+    try:
+        with _context(partial=True):
+            info = ocp.metadata(path, checkpointable_name=_ITEM)
+            if not info.custom_metadata:
+                return "_CHECKPOINT_METADATA is damaged"
+            for name, leaf in _leaves(info.metadata).items():
+                target = _nest({name: np.empty(leaf.shape, leaf.dtype)})
+                ocp.load(path, target, checkpointable_name=_ITEM)
+    except MemoryError:
+        raise  # says nothing about the files
+    except Exception as error:  # for damaged files Orbax raises anything from KeyError to bare Exception
+        return _one_line(error)
+    return ""
+
+
+def _load_problem_in_child(path: pathlib.Path) -> str:
+    """As above, for one process of many: Orbax numbers its operations and waits for all processes at
+    each, so an operation that only this process starts would hang the run (0.12.8)."""
+    script = "import sys, pathlib; from foundry_jax import checkpoint as c; c._quiet_orbax(); "
+    script += "print(c._load_problem(pathlib.Path(sys.argv[1])))"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, str(path)]
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
 def _seal(path: pathlib.Path) -> None:
@@ -388,7 +414,7 @@ def _candidates(directory: pathlib.Path, step: int | str, better: str) -> list[i
         return steps[::-1]
     if step != "best":
         raise UserError(f"step={step!r} must be a step number, 'best' or 'latest'.")
-    losses = {step: _loss(_facts(directory / str(step))["metrics"], better) for step in steps[::-1]}
+    losses = {step: _loss(_metrics(directory / str(step)), better) for step in steps[::-1]}
     return sorted(losses, key=losses.__getitem__, reverse=better == "higher")
 
 
@@ -403,27 +429,10 @@ def _move_to_quarantine(path: pathlib.Path, reason: str) -> pathlib.Path:
     return target
 
 
-def _read_or_damage(path: pathlib.Path, abstract: PyTree | None, subtree: str | None) -> Restored | Damage:
-    """Returns the step's content, or what kept an unsealed step from loading.
-
-    A sealed step was verified, so that an error while loading it is an error of ours and goes on up.
-    """
-    if (path / SEAL).exists():
-        return _read(path, abstract, subtree)
-    try:
-        return _read(path, abstract, subtree)
-    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
-        raise  # another model's checkpoint, or too little memory: not the files' fault
-    except Exception as error:  # for damaged files Orbax raises from KeyError to bare Exception
-        return Damage("unreadable", f"unsealed, and it does not load: {_one_line(error)}")
-
-
-def _read(path: pathlib.Path, abstract: PyTree | None, subtree: str | None) -> Restored:
+def _read(path: pathlib.Path, abstract: PyTree | None, subtree: str | None = None) -> Restored:
     """Returns a step's state, or one of its subtrees; abstract=None gives it as numpy arrays."""
     with _context(partial=subtree is not None):
         info = ocp.metadata(path, checkpointable_name=_ITEM)
-        if info.custom_metadata is None:
-            raise ValueError("its metadata is damaged")
         if subtree is None:
             state = _load(path, info.metadata, abstract)
         elif subtree in info.metadata:
@@ -489,10 +498,14 @@ def _nest(tree: PyTree) -> dict[str, Any]:
     return nested
 
 
-def _facts(path: pathlib.Path) -> dict[str, Any]:
-    """Returns {"metadata", "metrics"} of a step; no metrics if its metadata is damaged."""
-    with _context():
-        return ocp.checkpointables_metadata(path).custom_metadata or {"metadata": {}, "metrics": {}}
+def _metrics(path: pathlib.Path) -> dict[str, float]:
+    """Returns the metrics a step was saved with; none if it is too damaged to tell."""
+    try:
+        with _context():
+            facts = ocp.checkpointables_metadata(path).custom_metadata
+    except (OSError, ValueError):
+        facts = None
+    return facts["metrics"] if facts else {}
 
 
 def _loss(metrics: Mapping[str, float], better: str) -> float:

@@ -1,5 +1,6 @@
 """Schedules, the decay mask, and one optax chain built from traced hyperparameters."""
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -34,26 +35,43 @@ class Hyperparameters:
     loss: LossScales
 
 
+_INTEGERS = frozenset({"seed", "num_steps", "schedule", "warmup_steps"})
+
+
 def hyperparameters(config: Config) -> Hyperparameters:
     """Returns the traced inputs of the step as numpy scalars (int32 and float32)."""
-    o, f32, i32 = config.optimizer, np.float32, np.int32
+    o = config.optimizer
+    numbers = {
+        "seed": config.seed,
+        "num_steps": config.num_steps,
+        "learning_rate": o.learning_rate,
+        "min_learning_rate": o.min_learning_rate,
+        "schedule": SCHEDULES.index(o.schedule),
+        "warmup_steps": o.warmup_steps,
+        "decay_fraction": o.decay_fraction,
+        "weight_decay": o.weight_decay,
+        "beta1": o.beta1,
+        "beta2": o.beta2,
+        "epsilon": o.epsilon,
+        "clip_norm": o.clip_norm,
+        "ema_decay": o.ema_decay,
+        "dropout": config.model.dropout,
+    }
+    loss = LossScales(np.float32(config.loss.label_smoothing), np.float32(config.loss.z_loss))
+    return Hyperparameters(loss=loss, **{name: _dtype(name)(number) for name, number in numbers.items()})
+
+
+def abstract_hyperparameters() -> Hyperparameters:
+    """Returns the shapes and dtypes of `hyperparameters`, which are the same for every config."""
+    names = [field.name for field in dataclasses.fields(Hyperparameters) if field.name != "loss"]
+    number = jax.ShapeDtypeStruct((), np.float32)
     return Hyperparameters(
-        seed=i32(config.seed),
-        num_steps=i32(config.num_steps),
-        learning_rate=f32(o.learning_rate),
-        min_learning_rate=f32(o.min_learning_rate),
-        schedule=i32(SCHEDULES.index(o.schedule)),
-        warmup_steps=i32(o.warmup_steps),
-        decay_fraction=f32(o.decay_fraction),
-        weight_decay=f32(o.weight_decay),
-        beta1=f32(o.beta1),
-        beta2=f32(o.beta2),
-        epsilon=f32(o.epsilon),
-        clip_norm=f32(o.clip_norm),
-        ema_decay=f32(o.ema_decay),
-        dropout=f32(config.model.dropout),
-        loss=LossScales(f32(config.loss.label_smoothing), f32(config.loss.z_loss)),
+        loss=LossScales(number, number), **{name: jax.ShapeDtypeStruct((), _dtype(name)) for name in names}
     )
+
+
+def _dtype(name: str) -> type:
+    return np.int32 if name in _INTEGERS else np.float32
 
 
 def learning_rate_at(step: jax.Array, h: Hyperparameters) -> jax.Array:

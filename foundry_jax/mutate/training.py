@@ -17,9 +17,10 @@ OPTIMIZER_VARIANTS = {
 
 def lr(config, peak: str):
     """Peak learning rate; the minimum keeps its ratio to the peak."""
-    ratio = config.optimizer.min_learning_rate / config.optimizer.learning_rate
+    o = config.optimizer
+    ratio = o.min_learning_rate / o.learning_rate if o.learning_rate else 0.0
     try:
-        return {"optimizer.learning_rate": float(peak), "optimizer.min_learning_rate": float(peak) * ratio}
+        return {"optimizer.learning_rate": float(peak), "optimizer.min_learning_rate": float(f"{float(peak) * ratio:.6g}")}
     except ValueError:
         raise UserError(f"lr={peak!r} must be a number such as 3e-4.") from None
 

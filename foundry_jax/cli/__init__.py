@@ -1,0 +1,1 @@
+"""Commands: each parses, calls the library and prints. No logic of their own."""

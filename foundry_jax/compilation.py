@@ -1,0 +1,89 @@
+"""From a program and a plan to executables; the persistent cache, and how much compiling was done."""
+
+import collections
+import functools
+import os
+import pathlib
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from foundry_jax.optimizer import abstract_hyperparameters
+from foundry_jax.sharding import Plan
+from foundry_jax.train_step import Program, eval_step, init_state, train_step, unboxed_init
+
+_EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_counts: collections.Counter[str] = collections.Counter()
+
+
+def enable_cache() -> pathlib.Path:
+    """Switches the persistent cache on and starts counting; returns its folder.
+
+    The folder is $JAX_COMPILATION_CACHE_DIR, else ~/.cache/foundry_jax/compilation. Everything that takes 0.1 s
+    or more is kept: a run's few programs, not each of its one-line helpers.
+    """
+    default = pathlib.Path.home() / ".cache" / "foundry_jax" / "compilation"
+    folder = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or default)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if not _counts:
+        _counts.update(hits=0, misses=0, compiles=0)
+        jax.monitoring.register_event_listener(_count_event)
+        jax.monitoring.register_event_duration_secs_listener(_count_compile)
+    return folder
+
+
+def counts() -> dict[str, int]:
+    """Returns how many programs came from the cache, were not in it, and how many were built in all."""
+    return dict(_counts)
+
+
+def _count_event(event: str, **_: object) -> None:
+    if event in _EVENTS:
+        _counts[_EVENTS[event]] += 1
+
+
+def _count_compile(event: str, _: float, **__: object) -> None:
+    if event == _COMPILE_EVENT:
+        _counts["compiles"] += 1
+
+
+@functools.lru_cache(maxsize=8)
+def compile_init(program: Program, plan: Plan):
+    """Returns the compiled hyperparameters -> state at step 0. Call it within plan.context()."""
+    state, _, hyper = abstract_inputs(program, plan, (1, 1))
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(functools.partial(unboxed_init, program), out_shardings=shardings).lower(hyper).compile()
+
+
+@functools.lru_cache(maxsize=8)
+def compile_train_step(program: Program, plan: Plan, batch_shape: tuple[int, int]):
+    """Returns the compiled step (state, batch, hyperparameters) -> (state, metrics); the state is donated.
+
+    Equal programs share one executable, whatever their hyperparameters. Call it within plan.context().
+    """
+    state, batch, hyper = abstract_inputs(program, plan, batch_shape)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(functools.partial(train_step, program), donate_argnums=0, out_shardings=(shardings, None))
+    return step.lower(state, batch, hyper).compile()
+
+
+@functools.lru_cache(maxsize=8)
+def compile_eval_step(program: Program, plan: Plan, batch_shape: tuple[int, int]):
+    """Returns the compiled (parameters, batch) -> (sum of nats, number of targets). Call it within plan.context()."""
+    state, batch, _ = abstract_inputs(program, plan, batch_shape)
+    return jax.jit(functools.partial(eval_step, program)).lower(state.params, batch).compile()
+
+
+def abstract_inputs(program: Program, plan: Plan, batch_shape: tuple[int, int]):
+    """Returns (state, batch, hyperparameters) as ShapeDtypeStructs laid out by the plan."""
+    hyper = abstract_hyperparameters()
+    boxed = jax.eval_shape(functools.partial(init_state, program), hyper)
+    state = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), nn.meta.unbox(boxed), plan.shardings(boxed)
+    )
+    dtypes = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
+    where = plan.batch_sharding()
+    return state, {k: jax.ShapeDtypeStruct(batch_shape, t, sharding=where) for k, t in dtypes.items()}, hyper

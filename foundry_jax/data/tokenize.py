@@ -1,0 +1,362 @@
+"""Between text and token ids: characters, bytes, or byte-level BPE.
+
+Text that spells a control token ("<|endoftext|>") is encoded as the plain text it is; only the library itself puts
+the separator between documents. Every tokenizer is one JSON file, and its hash is the sha256 of that JSON.
+"""
+
+import abc
+import itertools
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from foundry_jax.data.hashing import sha256_json
+from foundry_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+SEPARATOR = "<|endoftext|>"
+# What a tokenizer made elsewhere calls its end of document: GPT-2, SmolLM and Qwen; Llama 3; Mistral; Gemma.
+SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>")
+WORD_END = re.compile(r"(?<=\S)[ \n]")
+PIECE_CHARACTERS = 1 << 20  # longer texts are cut, so that one file of a gigabyte neither fills memory nor one core
+
+
+class Tokenizer(abc.ABC):
+    """What every tokenizer offers.
+
+    vocab_size: one more than the largest id.
+    separator_id: the id put before, between and after documents; None where there is none.
+    token_bytes: [vocab_size] int64, the UTF-8 bytes each id stands for (0 for control tokens); None if unknown.
+    """
+
+    vocab_size: int
+    separator_id: int | None
+
+    @classmethod
+    @abc.abstractmethod
+    def for_corpus(cls, train: Iterable[str], validation: Iterable[str], vocab_size: int) -> Self:
+        """Returns a tokenizer fitted to a corpus, as far as this kind is fitted at all."""
+
+    @classmethod
+    def spec(cls, vocab_size: int) -> str:
+        """Returns what, besides the corpus, decides the outcome of for_corpus."""
+        return cls.__name__
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, without separators."""
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ids of each text as an integer array: a corpus is too long for lists."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of some ids; the separator reads "<|endoftext|>"."""
+
+    @property
+    @abc.abstractmethod
+    def token_bytes(self) -> np.ndarray | None:
+        """See above."""
+
+    @abc.abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Returns all there is to save."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Returns the tokenizer that to_json described."""
+
+    @property
+    def hash(self) -> str:
+        """The sha256 of the canonical JSON: equal hashes give equal ids."""
+        return sha256_json(self.to_json())
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the tokenizer to a JSON file that load and load_tokenizer read."""
+        Path(path).write_text(json.dumps(self.to_json(), ensure_ascii=False), "utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        """Returns a saved tokenizer of this kind.
+
+        Raises:
+            UserError: no such file, or it holds no such tokenizer.
+        """
+        return _from_json(cls, _read_json(path), path)
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character: nanoGPT's, ids in the order of code points, no separator."""
+
+    separator_id = None
+
+    def __init__(self, characters: Iterable[str]):
+        self.characters = "".join(sorted(set(characters)))
+        beyond_unicode = 0x110000  # so that every search ends at an entry
+        self._code_points = np.array([*map(ord, self.characters), beyond_unicode], np.uint32)
+
+    @classmethod
+    def for_corpus(cls, train: Iterable[str], validation: Iterable[str], vocab_size: int) -> Self:
+        """Returns the tokenizer of all characters, those of the validation text too, as nanoGPT does."""
+        characters: set[str] = set()
+        for text in itertools.chain(train, validation):
+            characters.update(text)
+        return cls(characters)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.characters)
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        return np.array([len(character.encode()) for character in self.characters], np.int64)
+
+    def encode(self, text: str) -> list[int]:
+        """Returns one id per character.
+
+        Raises:
+            UserError: a character that the tokenizer was not made with.
+        """
+        return self._encode(text).tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.characters[index] for index in ids)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": "char", "characters": self.characters}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        return cls(value["characters"])
+
+    def _encode(self, text: str) -> np.ndarray:
+        code_points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+        ids = np.searchsorted(self._code_points, code_points)
+        known = self._code_points[ids] == code_points
+        if not known.all():
+            code_point = int(code_points[np.argmin(known)])
+            raise UserError(
+                f"Character {chr(code_point)!r} (U+{code_point:04X}) is not among the {self.vocab_size} characters "
+                f"of this tokenizer; data.tokenizer=byte encodes any text."
+            )
+        return ids
+
+
+class ByteTokenizer(Tokenizer):
+    """One id per UTF-8 byte, and 256 as the separator."""
+
+    vocab_size = 257
+    separator_id = 256
+
+    @classmethod
+    def for_corpus(cls, train: Iterable[str], validation: Iterable[str], vocab_size: int) -> Self:
+        return cls()
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        return np.array([1] * 256 + [0], np.int64)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text; bytes that are not UTF-8, as a model may well produce, become U+FFFD."""
+        data = b"".join(SEPARATOR.encode() if index == self.separator_id else bytes([index]) for index in ids)
+        return data.decode("utf-8", errors="replace")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": "byte"}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        return cls()
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level byte pair encoding by the Hugging Face `tokenizers` library, or any tokenizer.json it reads.
+
+    Sennrich et al. 2016, https://arxiv.org/abs/1508.07909, over bytes as in GPT-2. "<|endoftext|>" has id 0 when
+    fitted here. vocab_size is what to fit; afterwards what was reached, which is less if the text runs out of pairs.
+    """
+
+    def __init__(self, vocab_size: int = 50257):
+        if vocab_size < 257:
+            raise UserError(f"vocab_size={vocab_size} must be at least 257: 256 bytes and the separator.")
+        self.vocab_size = vocab_size
+        self.separator_id = None
+        self._backend = None
+        self._can_cut = False
+
+    @classmethod
+    def for_corpus(cls, train: Iterable[str], validation: Iterable[str], vocab_size: int) -> Self:
+        """Returns a tokenizer fitted to the training text alone: validation text must not shape it."""
+        return cls(vocab_size).fit(train)
+
+    @classmethod
+    def spec(cls, vocab_size: int) -> str:
+        return f"{cls.__name__}:{vocab_size}"
+
+    def fit(self, corpus: Iterable[str]) -> Self:
+        """Returns self, with merges learned from the texts."""
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size,
+            special_tokens=[SEPARATOR],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(itertools.chain.from_iterable(map(pieces, corpus)), trainer)
+        wanted = self.vocab_size
+        self._adopt(backend)
+        if self.vocab_size < wanted:
+            log.warning("The text has pairs for a vocabulary of %d, not %d.", self.vocab_size, wanted)
+        return self
+
+    @property
+    def token_bytes(self) -> np.ndarray | None:
+        if not isinstance(self._fitted.decoder, decoders.ByteLevel):
+            return None
+        added = self._fitted.get_added_tokens_decoder()
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for token, index in self._fitted.get_vocab().items():
+            sizes[index] = len(token)  # byte-level tokens are spelled with one character per byte
+        for index, token in added.items():
+            sizes[index] = 0 if token.special else len(token.content.encode())
+        return sizes
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        parts = [[] for _ in texts]
+        cut = pieces if self._can_cut else lambda text: [text]
+        numbered = ((row, piece) for row, text in enumerate(texts) for piece in cut(text))
+        for group in batched(numbered, 4 * PIECE_CHARACTERS, size=lambda item: len(item[1])):
+            encodings = self._fitted.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            for (row, _), encoding in zip(group, encodings, strict=True):
+                parts[row].append(np.array(encoding.ids, np.uint32))
+        return [np.concatenate(arrays) for arrays in parts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._fitted.decode([int(index) for index in ids], skip_special_tokens=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(self._fitted.to_str())
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        tokenizer = cls()
+        tokenizer._adopt(tokenizers.Tokenizer.from_str(json.dumps(value)))
+        return tokenizer
+
+    @property
+    def _fitted(self) -> tokenizers.Tokenizer:
+        if self._backend is None:
+            raise UserError("This BPETokenizer has no merges yet; call fit(texts) or BPETokenizer.load(path).")
+        return self._backend
+
+    def _adopt(self, backend: tokenizers.Tokenizer) -> None:
+        vocabulary = backend.get_vocab()
+        separator = next((token for token in SEPARATORS if token in vocabulary), None)
+        if separator is None:
+            raise UserError(f"The tokenizer has no token for the end of a document: none of {', '.join(SEPARATORS)}.")
+        backend.add_special_tokens([separator])  # some files leave it unmarked, and text could then spell it
+        backend.encode_special_tokens = True  # text that spells a control token stays text; not saved by the library
+        backend.no_truncation()
+        backend.no_padding()
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.separator_id = vocabulary[separator]
+        self._backend = backend
+        self._can_cut = _is_gpt2(backend)
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """Returns the tokenizer in a file, one of ours or any Hugging Face tokenizer.json, or in a folder that has one.
+
+    Raises:
+        UserError: no such file, or it holds no tokenizer.
+    """
+    path = Path(os.path.expanduser(path))
+    path = path / "tokenizer.json" if path.is_dir() else path
+    value = _read_json(path)
+    kinds = {"char": CharTokenizer, "byte": ByteTokenizer}
+    return _from_json(kinds.get(value.get("type"), BPETokenizer), value, path)
+
+
+def _is_gpt2(backend: tokenizers.Tokenizer) -> bool:
+    """Returns whether text is split into words by GPT-2's pattern and nothing else, as `pieces` assumes."""
+    words = backend.pre_tokenizer
+    only_special = all(token.special for token in backend.get_added_tokens_decoder().values())
+    return isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex and not backend.normalizer and only_special
+
+
+def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """Yields a text in pieces of about size characters, cut only where GPT-2's pattern always cuts: a word's end.
+
+    No match of that pattern holds white space after something else, so cutting before it changes no token.
+    """
+    start = 0
+    while match := WORD_END.search(text, start + size):
+        yield text[start : match.start()]
+        start = match.start()
+    yield text[start:]
+
+
+def batched(items: Iterable, limit: int, size=len) -> Iterator[list]:
+    """Yields lists of consecutive items; a list ends with the item that brings its total size to the limit."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= limit:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
+
+
+def _read_json(path: str | os.PathLike) -> dict[str, Any]:
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read the tokenizer {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise UserError(f"The tokenizer {path} is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"The tokenizer {path} must be a JSON object.")
+    return value
+
+
+def _from_json(kind: type[Tokenizer], value: dict[str, Any], path: str | os.PathLike) -> Tokenizer:
+    try:
+        return kind.from_json(value)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # the tokenizers library raises bare Exception for a file it does not understand
+        raise UserError(f"{path} holds no {kind.__name__}: {error!r}.") from None
+
+
+TOKENIZERS = {
+    "char": CharTokenizer,
+    "byte": ByteTokenizer,
+    "bpe": BPETokenizer,
+}

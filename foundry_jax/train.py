@@ -1,0 +1,394 @@
+"""The story of one run: data, plan, state, loop, result."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from foundry_jax import compilation, data, provenance, sharding
+from foundry_jax.checkpoint import Checkpointer
+from foundry_jax.config import Config, to_flat_dict
+from foundry_jax.errors import Preempted, UserError
+from foundry_jax.metrics import MetricsWriter, Progress, device_peak_flops, read_metrics
+from foundry_jax.model import transformer
+from foundry_jax.optimizer import hyperparameters
+from foundry_jax.preemption import Preemption
+from foundry_jax.runfolder import RunFolder, read_result
+from foundry_jax.schema import require
+from foundry_jax.train_step import Program, TrainState
+
+# Keys that may change when a run is resumed: they decide what is kept and shown, not what is computed.
+OPERATIONAL = ("name", "sharding", "checkpoint", "log", "data.cache_dir")
+
+
+def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Trains one configuration, or goes on where workdir says it stopped, and returns its result.
+
+    Raises:
+        UserError: the config does not fit together, or not the data, the devices or what workdir holds.
+        Preempted: SIGTERM or Ctrl-C came; a checkpoint was saved.
+    """
+    transformer.check(config.model)
+    Program.of(config)
+    with Preemption() as preemption, RunFolder(workdir, primary=jax.process_index() == 0) as folder:
+        corpus = data.prepare(config.data)
+        config = with_vocabulary(config, corpus.vocab_size)
+        num_params = transformer.num_params(config.model)
+        plan = sharding.plan(num_params, jax.device_count(), config.sharding)
+        require_even_batches(config, plan)
+        folder.write_config(to_flat_dict(config), OPERATIONAL)
+        if (result := read_result(folder.path)) is not None:
+            logging.info("%s is finished; delete it or use another --workdir to train again.", folder.path)
+            return result
+        logging.info("%s: %s parameters on %d x %s.", folder.path, f"{num_params:,}", plan.num_devices, device_kind())
+        logging.info("Sharding: %s, because %s.", plan.strategy, plan.reason)
+        keep = config.checkpoint
+        with (
+            plan.context(),
+            Checkpointer(folder.checkpoints, keep_latest=keep.keep_latest, keep_best=keep.keep_best) as checkpointer,
+        ):
+            return Trainer(config, corpus, plan, folder, checkpointer, preemption, quiet=quiet).train()
+
+
+def with_vocabulary(config: Config, vocab_size: int) -> Config:
+    """Returns the config with model.vocab_size known.
+
+    Raises:
+        UserError: the config asks for a smaller vocabulary than the tokens need.
+    """
+    given = config.model.vocab_size
+    require(
+        given == 0 or given >= vocab_size,
+        f"model.vocab_size={given} is smaller than the data's vocabulary of {vocab_size}; set it to 0 or {vocab_size}.",
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or vocab_size))
+
+
+def require_even_batches(config: Config, plan: sharding.Plan) -> None:
+    """Raises UserError unless micro-batches and evaluation batches divide over the devices."""
+    sizes = {
+        "data.batch_size / optimizer.accumulation_steps": config.data.batch_size // config.optimizer.accumulation_steps,
+        "eval.batch_size": config.eval.batch_size,
+    }
+    for name, size in sizes.items():
+        require(
+            size % plan.batch_shards == 0,
+            f"{name} = {size} must be a multiple of the {plan.batch_shards} devices a batch is spread over; "
+            f"try {math.ceil(size / plan.batch_shards) * plan.batch_shards}.",
+        )
+
+
+def device_kind() -> str:
+    """Returns the vendor's name of the devices."""
+    return jax.devices()[0].device_kind
+
+
+def process_rows(batch_size: int) -> slice:
+    """Returns which rows of a global batch this process reads: processes hold neighbouring rows."""
+    share = batch_size // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+class Clock:
+    """Adds up seconds by activity."""
+
+    def __init__(self):
+        self.seconds = {name: 0.0 for name in ("compile", "data", "step", "log", "eval", "save")}
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+class TooManySkipsError(Exception):
+    """guard.max_skips steps in a row were not finite; carries the last of them."""
+
+    def __init__(self, step: int, metrics: dict[str, float]):
+        super().__init__(step, metrics)
+        self.step, self.metrics = step, metrics
+
+
+class Trainer:
+    """One run inside its plan's context: what its loop needs at hand, and the loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: data.Corpus,
+        plan: sharding.Plan,
+        folder: RunFolder,
+        checkpointer: Checkpointer,
+        preemption: Preemption,
+        *,
+        quiet: bool,
+    ):
+        self.config, self.corpus, self.plan = config, corpus, plan
+        self.folder, self.checkpointer, self.preemption = folder, checkpointer, preemption
+        self.quiet = quiet or jax.process_index() > 0
+        self.clock = Clock()
+        self.program = Program.of(config)
+        self.hyper = hyperparameters(config)
+        length = config.model.context_length
+        self.batch_shape, self.eval_shape = (config.data.batch_size, length), (config.eval.batch_size, length)
+        self.batches = data.train_batches(
+            corpus.train_tokens,
+            batch_size=config.data.batch_size,
+            context_length=length,
+            seed=config.seed,
+            rows=process_rows(config.data.batch_size),
+        )
+        self.validation = data.validation_batches(
+            corpus.validation_tokens,
+            batch_size=config.eval.batch_size,
+            context_length=length,
+            rows=process_rows(config.eval.batch_size),
+        )
+
+    def train(self) -> dict[str, Any]:
+        """Trains from the newest checkpoint to the last step and returns the run's result."""
+        state, step = self.restore_or_init()
+        trackers = "" if jax.process_index() > 0 else self.config.log.trackers
+        self.writer = MetricsWriter(self.folder.metrics, resume_step=step, trackers=trackers)
+        self.evals = {row["step"]: row for row in read_metrics(self.folder.metrics, "eval")}
+        self.progress = Progress(self.config.num_steps, step=step, quiet=self.quiet)
+        with self.writer, self.progress:
+            self.writer.config(to_flat_dict(self.config))
+            with self.clock.measure("compile"):
+                step_fn = compilation.compile_train_step(self.program, self.plan, self.batch_shape)
+            if step > 0:
+                self.evaluate_if_due(state, step)  # it may have been stopped between a step and its evaluation
+            while step < self.config.num_steps:
+                try:
+                    state, step = self.loop(step_fn, state, step)
+                except TooManySkipsError as trouble:
+                    state, step = self.roll_back(trouble)
+            with self.clock.measure("save"):
+                self.checkpointer.wait()
+            result = self.result()
+            self.folder.write_result(result)
+            self.writer.summary(result)
+        return result
+
+    def restore_or_init(self, before: int | None = None) -> tuple[TrainState, int]:
+        """Returns the newest whole checkpoint (of a step smaller than `before`) and its step, or a new state and 0."""
+        abstract, _, _ = compilation.abstract_inputs(self.program, self.plan, self.batch_shape)
+        with self.clock.measure("save"):
+            restored = self.checkpointer.restore(abstract, before=before)
+        if restored is not None:
+            logging.info("Resuming from step %d.", restored.step)
+            if before is None:
+                self.clock.seconds |= restored.metadata["seconds"]
+            return restored.state, restored.step
+        with self.clock.measure("compile"):
+            return compilation.compile_init(self.program, self.plan)(self.hyper), 0
+
+    def loop(self, step_fn, state: TrainState, start: int) -> tuple[TrainState, int]:
+        """Returns the state after the last step, and that step; logs, evaluates and saves on the way.
+
+        The metrics of a step are read while the device works on the next, so that reading never makes it wait.
+        """
+        batches = self.batches.iterate(start, self.config.num_steps, self.folder.data_offset)
+        self.logged = (start, self.busy_seconds())
+        unread = None
+        while (item := self.next_batch(batches)) is not None:
+            step, batch = item[0] + 1, item[1]  # from here on `step` counts finished steps
+            with self.clock.measure("step"):
+                state, metrics = step_fn(state, self.place(batch, self.batch_shape), self.hyper)
+            self.note(unread)
+            unread = (step, metrics)
+            if self.preemption.requested(step) or self.eval_is_due(step) or self.save_is_due(step):
+                self.note(unread)
+                unread = None
+                self.evaluate_if_due(state, step)
+                self.save_if_due(state, step)
+        self.note(unread)
+        return state, self.config.num_steps
+
+    def next_batch(self, batches: Iterator[tuple[int, dict]]) -> tuple[int, dict] | None:
+        """Returns the next (step, batch), or None at the end; the wait counts as "data"."""
+        with self.clock.measure("data"):
+            return next(batches, None)
+
+    def place(self, batch: dict, shape: tuple[int, int]) -> dict:
+        """Returns the batch laid out over the devices; each process brings its own rows."""
+        where = self.plan.batch_sharding()
+        return {name: jax.make_array_from_process_local_data(where, x, shape) for name, x in batch.items()}
+
+    def eval_is_due(self, step: int) -> bool:
+        return step % self.config.eval.every == 0 or step == self.config.num_steps
+
+    def save_is_due(self, step: int) -> bool:
+        return step % self.config.checkpoint.every == 0 or step == self.config.num_steps
+
+    def busy_seconds(self) -> float:
+        return self.clock.seconds["step"] + self.clock.seconds["data"]
+
+    def note(self, unread: tuple[int, dict] | None) -> None:
+        """Waits for the metrics of a step, and logs them if that is due.
+
+        Raises:
+            TooManySkipsError: it was the last of too many non-finite steps.
+        """
+        if unread is None:
+            return
+        step, metrics = unread
+        with self.clock.measure("step"):
+            skips = int(metrics["skips"])
+        if skips or step % self.config.log.every == 0 or step == self.config.num_steps:
+            with self.clock.measure("log"):
+                self.log(step, jax.device_get(metrics))
+        with self.clock.measure("log"):
+            self.folder.heartbeat(step)
+        if skips >= self.config.guard.max_skips:
+            raise TooManySkipsError(step, {name: float(value) for name, value in metrics.items()})
+
+    def log(self, step: int, row: dict[str, Any]) -> None:
+        """Writes one row of training metrics and shows it."""
+        self.writer.write(step, "train", row)
+        last_step, busy = self.logged
+        self.logged = (step, self.busy_seconds())
+        speed = (step - last_step) * math.prod(self.batch_shape) / max(self.logged[1] - busy, 1e-9)
+        self.progress.update(step, row | {"tokens_per_second": speed, "mfu": self.mfu(speed)})
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Returns the share of the devices' peak FLOP/s that the model's own FLOPs use; None if the peak is unknown."""
+        peak = device_peak_flops(jax.devices()[0], self.config.model.dtype)
+        flops = 3 * transformer.flops_per_token(self.config.model)
+        return peak and tokens_per_second * flops / (peak * self.plan.num_devices)
+
+    def evaluate_if_due(self, state: TrainState, step: int) -> None:
+        """Writes the validation metrics of raw and averaged parameters, unless they are there already.
+
+        Raises:
+            Preempted: the run was asked to stop; the state is saved, and the evaluation is repeated on resume.
+        """
+        if not self.eval_is_due(step) or step in self.evals:
+            return
+        with self.clock.measure("compile"):
+            eval_fn = compilation.compile_eval_step(self.program, self.plan, self.eval_shape)
+        row = {}
+        for prefix, params in (("", state.params), ("ema_", state.ema_params)):
+            nats, count = 0.0, 0.0
+            for batch in self.validation:
+                with self.clock.measure("eval"):
+                    sums = eval_fn(params, self.place(batch, self.eval_shape))
+                    nats, count = nats + float(sums[0]), count + float(sums[1])
+                self.stop_if_asked(state, step)
+            row |= {prefix + name: x for name, x in validation_metrics(nats, count, self.corpus).items()}
+        self.writer.write(step, "eval", row)
+        self.evals[step] = row
+        bits = f", {row['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in row else ""
+        self.progress.line(f"step {step} validation loss {row['loss']:.4f}{bits}; of averaged weights {row['ema_loss']:.4f}")
+
+    def save_if_due(self, state: TrainState, step: int) -> None:
+        """Saves if a checkpoint is due.
+
+        Raises:
+            Preempted: the run was asked to stop, and has saved.
+        """
+        self.stop_if_asked(state, step)
+        if self.save_is_due(step):
+            self.save(state, step)
+        self.stop_if_asked(state, step)
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Saves in the background; validation loss decides which checkpoints are the best."""
+        metrics = {"loss": self.evals[step]["loss"]} if step in self.evals else {}
+        with self.clock.measure("save"):
+            self.checkpointer.save(step, state, metrics=metrics, metadata={"seconds": self.clock.seconds})
+
+    def stop_if_asked(self, state: TrainState, step: int) -> None:
+        """Saves and raises Preempted if the run was asked to stop."""
+        if self.preemption.requested(step):
+            self.save(state, step)
+            self.checkpointer.wait()
+            raise Preempted(f"step {step} of {self.config.num_steps} is saved in {self.folder.path}; run it again to go on.")
+
+    def roll_back(self, trouble: TooManySkipsError) -> tuple[TrainState, int]:
+        """Returns the newest checkpoint before the trouble, with the data window moved past what caused it.
+
+        Raises:
+            UserError: that was tried guard.max_rollbacks times already.
+        """
+        if self.folder.num_rollbacks >= self.config.guard.max_rollbacks:
+            raise UserError(self.diagnosis(trouble))
+        first_bad = trouble.step - self.config.guard.max_skips + 1
+        state, step = self.restore_or_init(before=first_bad)
+        self.checkpointer.discard_newer(step)
+        self.folder.add_data_window(step, self.folder.data_offset(step) + trouble.step - step)
+        self.writer.rewind(step)
+        self.writer.write(step, "rollback", {"from_step": trouble.step, "rollbacks": self.folder.num_rollbacks})
+        self.evals = {eval_step: row for eval_step, row in self.evals.items() if eval_step <= step}
+        text = "Steps %d to %d were not finite: back to step %d and on with other data (roll-back %d of %d)."
+        numbers = (first_bad, trouble.step, step, self.folder.num_rollbacks, self.config.guard.max_rollbacks)
+        logging.warning(text, *numbers)
+        return state, step
+
+    def diagnosis(self, trouble: TooManySkipsError) -> str:
+        """Returns what is known of a run that does not stay finite, and what to try."""
+        rows = [row for row in read_metrics(self.folder.metrics, "train") if math.isfinite(row["loss"])]
+        last = f"the last finite loss was {rows[-1]['loss']:.4g} at step {rows[-1]['step']}" if rows else "none was before"
+        o, guard, metrics = self.config.optimizer, self.config.guard, trouble.metrics
+        return (
+            f"{guard.max_skips} steps in a row up to step {trouble.step} were not finite (loss {metrics['loss']:.4g}, "
+            f"gradient norm {metrics['grad_norm']:.4g}), after {guard.max_rollbacks} roll-backs to other data; {last}. "
+            f"Try a smaller optimizer.learning_rate ({o.learning_rate:g} now), more optimizer.warmup_steps "
+            f"({o.warmup_steps}), a smaller optimizer.clip_norm ({o.clip_norm:g}), or model.dtype=float32."
+        )
+
+    def result(self) -> dict[str, Any]:
+        """Returns what result.json holds of a finished run."""
+        steps = self.config.num_steps
+        rows = read_metrics(self.folder.metrics, "train")
+        tokens = steps * math.prod(self.batch_shape)
+        busy = self.busy_seconds()
+        return {
+            "status": "done",
+            "name": self.config.name,
+            "step": steps,
+            "validation": {name: value for name, value in self.evals[steps].items() if name not in ("step", "kind")},
+            "validation_hash": self.corpus.validation_hash,
+            "train_loss": rows[-1]["loss"],
+            "noise_scale_tokens": noise_scale(rows, self.config.model.context_length),
+            "skipped_steps": sum(1 for row in rows if row["skips"]),
+            "rollbacks": self.folder.num_rollbacks,
+            "tokens": tokens,
+            "num_params": transformer.num_params(self.config.model),
+            "train_flops_per_token": 3 * transformer.flops_per_token(self.config.model),
+            "kv_bytes_per_token": transformer.kv_bytes_per_token(self.config.model),
+            "tokens_per_second": tokens / busy,
+            "mfu": self.mfu(tokens / busy),
+            "seconds": self.clock.seconds,
+            "compilations": compilation.counts(),
+            **provenance.environment(self.plan),
+        }
+
+
+def validation_metrics(nats: float, count: float, corpus: data.Corpus) -> dict[str, float]:
+    """Returns loss (nats per token) and, if the text's size is known, bits_per_byte of a whole validation pass."""
+    metrics = {"loss": nats / count}
+    if corpus.validation_bytes:
+        metrics["bits_per_byte"] = nats / math.log(2) / corpus.validation_bytes
+    return metrics
+
+
+def noise_scale(rows: list[dict[str, Any]], context_length: int) -> float | None:
+    """Returns the gradient noise scale in tokens over the last half of the rows, or None if it was not measured.
+
+    A ratio of averages, as McCandlish et al. 2018 (1812.06162) advise: each estimate alone is very noisy.
+    """
+    rows = [row for row in rows[len(rows) // 2 :] if math.isfinite(row.get("gradient_signal", math.nan))]
+    signal = np.mean([row["gradient_signal"] for row in rows]) if rows else 0.0
+    return float(np.mean([row["gradient_noise"] for row in rows]) / signal * context_length) if signal > 0 else None

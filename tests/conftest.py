@@ -1,0 +1,29 @@
+"""Every test process has 8 virtual CPU devices, refuses silent broadcasting, and shares one compilation cache."""
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Set before JAX starts, and inherited by the subprocesses that tests start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "compilation"))
+os.environ.setdefault("FOUNDRY_CACHE", str(ROOT / ".cache" / "data"))
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from foundry_jax import compilation  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+compilation.enable_cache()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The folder of real data beside the checkout."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no folder of real data beside the checkout")
+    return folder

@@ -1,0 +1,204 @@
+"""Tokenizers: exact round trips, control tokens, hashes, files."""
+
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from foundry_jax.data import TOKENIZERS, load_tokenizer
+from foundry_jax.data.tokenize import SEPARATOR, BPETokenizer, ByteTokenizer, CharTokenizer, batched, pieces
+from foundry_jax.errors import UserError
+
+TEXTS = ["the cat sat on the mat\n", "def add(a, b):\n    return a + b\n", "über die Brücke, naïve café"]
+AWKWARD = [
+    "",
+    " ",
+    "\n\r\n\t  \x00\x1c\x85\u2028 end ",
+    "\ufeffbyte order mark",
+    "e\u0301 is not \u00e9",
+    "👩‍👩‍👧‍👦 and 🇩🇪",
+    "\U0010ffff\ue000\ufffd",
+    "<|endoftext|>",
+    "a<|endoftext|>b <|endoftext|>",
+    "  'll 's don't  x",
+]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return BPETokenizer(vocab_size=300).fit(TEXTS * 4)
+
+
+def random_unicode(rng: random.Random, length: int) -> str:
+    ranges = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x110000)]
+    return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(length))
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe"])
+def test_any_unicode_text_survives_the_round_trip(name, bpe):
+    tokenizer = bpe if name == "bpe" else ByteTokenizer()
+    rng = random.Random(0)
+    texts = AWKWARD + [random_unicode(rng, rng.randrange(40)) for _ in range(200)]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+
+
+def test_bpe_learns_words_and_uses_them(bpe):
+    assert bpe.vocab_size == 300
+    assert len(bpe.encode(" the")) == 1
+    assert len(bpe.encode("qzx")) == 3
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe"])
+def test_text_that_spells_the_separator_is_not_encoded_as_one(name, bpe, tmp_path):
+    tokenizer = bpe if name == "bpe" else ByteTokenizer()
+    tokenizer.save(tmp_path / "tokenizer.json")
+    for each in (tokenizer, load_tokenizer(tmp_path)):
+        ids = each.encode(f"a{SEPARATOR}b")
+        assert each.separator_id not in ids
+        assert each.separator_id not in each.encode_batch([SEPARATOR])[0]
+        assert each.decode([each.separator_id, *ids]) == f"{SEPARATOR}a{SEPARATOR}b"
+
+
+def test_text_cannot_spell_a_separator_that_its_file_left_unmarked(bpe):
+    value = bpe.to_json()
+    value["added_tokens"][0]["special"] = False
+    tokenizer = BPETokenizer.from_json(value)
+    assert tokenizer.separator_id == bpe.separator_id
+    assert tokenizer.separator_id not in tokenizer.encode(SEPARATOR)
+
+
+def test_char_ids_follow_code_points_as_in_nanogpt():
+    text = "hello, Wörld\n"
+    tokenizer = CharTokenizer.for_corpus([text[:6]], [text[6:]], vocab_size=999)
+    assert tokenizer.characters == "".join(sorted(set(text)))
+    assert tokenizer.encode(text) == [sorted(set(text)).index(character) for character in text]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.vocab_size == 11 and tokenizer.separator_id is None
+    assert tokenizer.token_bytes[tokenizer.encode("ö")].tolist() == [2]
+
+
+@pytest.mark.parametrize("unknown", ["z", "A", "\U0010ffff"])
+def test_unknown_character_is_named(unknown):
+    with pytest.raises(UserError, match=rf"U\+{ord(unknown):04X}\) is not among the 3 characters"):
+        CharTokenizer("bcd").encode(f"bcd{unknown}b")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_saved_tokenizer_is_the_same_tokenizer(name, tmp_path):
+    tokenizer = TOKENIZERS[name].for_corpus(TEXTS, TEXTS[:1], vocab_size=290)
+    path = tmp_path / "any name.json"
+    tokenizer.save(path)
+    for loaded in (load_tokenizer(path), type(tokenizer).load(path)):
+        assert type(loaded) is type(tokenizer)
+        assert loaded.hash == tokenizer.hash
+        assert (loaded.vocab_size, loaded.separator_id) == (tokenizer.vocab_size, tokenizer.separator_id)
+        assert [loaded.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+
+def test_hash_tells_tokenizers_apart(bpe):
+    others = [CharTokenizer("ab"), CharTokenizer("abc"), ByteTokenizer(), bpe, BPETokenizer(280).fit(TEXTS * 4)]
+    assert len({tokenizer.hash for tokenizer in others}) == len(others)
+
+
+def test_fitting_gives_the_same_merges_in_another_process(bpe):
+    program = (
+        f"from foundry_jax.data.tokenize import BPETokenizer\nprint(BPETokenizer(300).fit({TEXTS!r} * 4).hash, end='')"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == bpe.hash
+
+
+def test_a_text_too_short_for_the_vocabulary_says_so(caplog):
+    tokenizer = BPETokenizer(vocab_size=400).fit(["abab"])
+    assert tokenizer.vocab_size < 400
+    assert "not 400" in caplog.text
+
+
+def test_long_texts_are_cut_without_changing_their_ids(bpe, monkeypatch):
+    rng = random.Random(1)
+    words = ["the", "cat", "don't", "1234", "++", "é", "\x1c", "\x85", "\u3000", " ", "  ", "\n", "\n\n", "\t", " \n "]
+    text = "".join(rng.choice(words) for _ in range(3000))
+    whole = bpe.encode(text)
+    monkeypatch.setattr("foundry_jax.data.tokenize.PIECE_CHARACTERS", 16)
+    cut = list(pieces(text, 7))
+    assert len(cut) > 300 and "".join(cut) == text
+    monkeypatch.setattr("foundry_jax.data.tokenize.pieces", lambda text: iter(cut))
+    assert bpe.encode(text) == whole
+
+
+def test_batched_keeps_order_and_ends_a_list_at_the_limit():
+    assert list(batched(["aa", "b", "ccc", "d"], 3)) == [["aa", "b"], ["ccc"], ["d"]]
+
+
+def foreign_tokenizer() -> tokenizers.Tokenizer:
+    """A WordLevel tokenizer such as nobody here makes, with truncation and padding left on."""
+    vocabulary = {"</s>": 7, "the": 0, "cat": 1, "[UNK]": 2}
+    foreign = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    foreign.pre_tokenizer = pre_tokenizers.Whitespace()
+    foreign.decoder = decoders.WordPiece()
+    foreign.enable_truncation(2)
+    foreign.enable_padding(length=9)
+    return foreign
+
+
+def test_any_hugging_face_file_loads_without_its_truncation_or_padding(tmp_path):
+    foreign_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("the cat the dog") == [0, 1, 0, 2]
+    assert tokenizer.separator_id == 7
+    assert tokenizer.vocab_size == 8  # one more than the largest id: ids may have gaps
+    assert tokenizer.token_bytes is None
+
+
+def test_a_file_without_a_separator_is_refused(tmp_path):
+    path = tmp_path / "t.json"
+    tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(path))
+    with pytest.raises(UserError, match=r"t\.json: The tokenizer has no token for the end of a document"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"Cannot read the tokenizer .*t\.json: No such file"),
+        ("{", r"t\.json is not JSON"),
+        ("[]", r"t\.json must be a JSON object"),
+        ("{}", r"t\.json holds no BPETokenizer"),
+        ('{"type": "char"}', r"t\.json holds no CharTokenizer"),
+        ('{"model": {"type": "BPE"}}', r"t\.json holds no BPETokenizer"),
+    ],
+)
+def test_files_that_hold_no_tokenizer_are_named(content, message, tmp_path):
+    path = tmp_path / "t.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_tokenizer(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_bpe_says_what_to_do_before_it_is_fitted():
+    with pytest.raises(UserError, match="call fit"):
+        BPETokenizer().encode("a")
+    with pytest.raises(UserError, match="at least 257"):
+        BPETokenizer(vocab_size=256)
+
+
+def test_saved_bpe_is_a_plain_hugging_face_file(bpe, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    bpe.save(path)
+    plain = tokenizers.Tokenizer.from_file(str(path))
+    assert plain.encode(TEXTS[0]).ids == bpe.encode(TEXTS[0])
+    assert json.loads(path.read_text("utf-8"))["model"]["type"] == "BPE"
+
+
+def test_bytes_that_are_not_text_decode_to_replacement_characters():
+    assert ByteTokenizer().decode(np.array([0xFF, 97, 256])) == f"\ufffda{SEPARATOR}"
