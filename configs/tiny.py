@@ -1,6 +1,6 @@
 """The baseline's architecture, small enough to train while you wait.
 
-    python -m foundry_jax.main --config=configs/tiny.py          # or :mla, :gqa_1kv,lr=3e-4, ...
+python -m foundry_jax.main --config=configs/tiny.py          # or :mla, :gqa_1kv,lr=3e-4, ...
 """
 
 from ml_collections import ConfigDict

@@ -326,15 +326,16 @@ def find_damage(path: pathlib.Path) -> Damage | None:
         return _load_on_trial(path)
     try:
         files = json.loads((path / SEAL).read_text())["files"]
-    except (ValueError, KeyError):
+        seals = [(name, seal["bytes"], seal["crc32"]) for name, seal in files.items()]
+    except (ValueError, LookupError, TypeError, AttributeError):
         return Damage("seal", f"{SEAL} is unreadable")
-    for name, expected in files.items():
+    for name, size, _ in seals:
         if not (path / name).is_file():
             return Damage("missing", f"{name} is gone")
-        if (size := (path / name).stat().st_size) != expected["bytes"]:
-            return Damage("size", f"{name} has {size} bytes, not {expected['bytes']}")
-    for name, expected in files.items():
-        if _crc32(path / name) != expected["crc32"]:
+        if (found := (path / name).stat().st_size) != size:
+            return Damage("size", f"{name} has {found} bytes, not {size}")
+    for name, _, checksum in seals:
+        if _crc32(path / name) != checksum:
             return Damage("checksum", f"{name} has changed since it was written")
     return None
 

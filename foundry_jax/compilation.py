@@ -82,7 +82,9 @@ def abstract_inputs(program: Program, plan: Plan, batch_shape: tuple[int, int]):
     hyper = abstract_hyperparameters()
     boxed = jax.eval_shape(functools.partial(init_state, program), hyper)
     state = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), nn.meta.unbox(boxed), plan.shardings(boxed)
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        nn.meta.unbox(boxed),
+        plan.shardings(boxed),
     )
     dtypes = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
     where = plan.batch_sharding()

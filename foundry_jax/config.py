@@ -102,7 +102,12 @@ class ShardingConfig:
             f"sharding.strategy={self.strategy!r} must be one of {', '.join(STRATEGIES)}.",
         )
         require_range(
-            self, "sharding.", fsdp_min_params=(0, math.inf), data=(0, math.inf), fsdp=(0, math.inf), tensor=(0, math.inf)
+            self,
+            "sharding.",
+            fsdp_min_params=(0, math.inf),
+            data=(0, math.inf),
+            fsdp=(0, math.inf),
+            tensor=(0, math.inf),
         )
 
 

@@ -6,7 +6,7 @@ import pathlib
 import re
 import sys
 
-from foundry_jax.errors import run_command
+from foundry_jax import command
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -18,15 +18,15 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "Exit codes: 0 done, 1 a mistake in what was asked, 75 stopped with a checkpoint.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:MUTATIONS]", help="such as configs/tiny.py:mla,lr=3e-4")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:MUTATIONS]", help="such as configs/tiny.py:mla,lr=3e-4"
+    )
     parser.add_argument("--workdir", help="run folder; by default runs/ and the config's name and mutations")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else, to stdout")
-    parser.add_argument("--distributed", action="store_true", help="one of several processes (Slurm, TPU pod, Kubernetes)")
-    flags, rest = parser.parse_known_args(argv)
-    wrong = [text for text in rest if not text.startswith("--config.")]
-    if wrong:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    return flags, [text.removeprefix("--config.") for text in rest]
+    parser.add_argument(
+        "--distributed", action="store_true", help="one of several processes (Slurm, TPU pod, Kubernetes)"
+    )
+    return command.parse(parser, argv)
 
 
 def default_workdir(spec: str, overrides: list[str]) -> pathlib.Path:
@@ -41,13 +41,9 @@ def main() -> None:
     flags, overrides = parse_arguments(sys.argv[1:])
     # Imported here: --help must not wait for JAX.
     import jax
-    from absl import logging
 
     from foundry_jax import compilation, config, train
 
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().setFormatter(None)
     settings = config.load(flags.config, overrides)
     if flags.distributed:
         jax.distributed.initialize()
@@ -62,9 +58,10 @@ def summary(result: dict) -> str:
     bits = f", {validation['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in validation else ""
     mfu = f", {result['mfu']:.0%} of peak" if result["mfu"] else ""
     compiled = result["compilations"]
+    averaged = f"of averaged weights {validation['ema_loss']:.4f}"
     return "\n".join(
         [
-            f"validation loss {validation['loss']:.4f} nats per token{bits}; of averaged weights {validation['ema_loss']:.4f}",
+            f"validation loss {validation['loss']:.4f} nats per token{bits}; {averaged}",
             f"{result['num_params']:,} parameters, {result['tokens']:,} tokens, "
             f"{result['tokens_per_second']:,.0f} tokens per second{mfu}",
             "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
@@ -74,4 +71,4 @@ def summary(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    command.run(main)

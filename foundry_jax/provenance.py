@@ -16,7 +16,8 @@ PACKAGES = ("foundry-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 def environment(plan: Plan) -> dict[str, Any]:
     """Returns versions, git commit and devices, for result.json."""
     return {
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
         "git_commit": git_commit(),
         "device": jax.devices()[0].device_kind,
         "num_devices": plan.num_devices,

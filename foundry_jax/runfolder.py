@@ -109,18 +109,22 @@ class RunFolder:
             self._warned = True
 
     def add_data_window(self, from_step: int, offset: int) -> None:
-        """Notes that from that step on, batches are read `offset` further along the data.
-
-        Windows noted for that step or later belonged to a future that was rolled back: they go.
-        """
-        kept = [window for window in self._windows if window[0] < from_step]
-        self._windows = [*kept, [from_step, offset]]
+        """Notes a roll-back to that step, from which on batches are read `offset` further along the data."""
+        self._windows = [*self._windows, [from_step, offset]]
         self._write(self.path / "data_windows.json", self._windows)
 
     def data_offset(self, step: int) -> int:
-        """Returns how many batches further along the data this step reads; 0 in an untroubled run."""
+        """Returns how many batches further along the data this step reads; 0 in an untroubled run.
+
+        A later roll-back overrules an earlier one from its own step on.
+        """
         offsets = [offset for from_step, offset in self._windows if from_step <= step]
         return offsets[-1] if offsets else 0
+
+    @property
+    def num_rollbacks(self) -> int:
+        """How often the run was rolled back."""
+        return len(self._windows)
 
     def _write(self, path: pathlib.Path, value: Any) -> None:
         if self._primary:

@@ -224,16 +224,3 @@ def _activation_bytes(m: ModelConfig, tokens: int, tensor: int) -> int:
     probabilities = 0 if m.remat == "full" else m.num_heads * m.context_length * 4 // tensor
     logits = 2 * 4 * m.vocab_size // tensor
     return tokens * (m.num_layers * (kept * width + probabilities) + logits)
-
-
-def strategies_that_fit(
-    model: ModelConfig, num_params: int, num_devices: int, batch_size: int, device_bytes: int, config: ShardingConfig
-) -> dict[str, int]:
-    """Returns {strategy: estimated bytes per device} of those that stay under device_bytes."""
-    fitting = {}
-    for strategy in ("ddp", "fsdp") if num_devices > 1 else ("none",):
-        candidate = plan(num_params, num_devices, dataclasses.replace(config, strategy=strategy, data=0, fsdp=0))
-        total = estimate_memory(model, num_params, candidate, batch_size).total
-        if total <= device_bytes:
-            fitting[strategy] = total
-    return fitting

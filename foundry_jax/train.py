@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -10,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from foundry_jax import compilation, data, provenance, sharding
 from foundry_jax.checkpoint import Checkpointer
@@ -23,6 +23,8 @@ from foundry_jax.preemption import Preemption
 from foundry_jax.runfolder import RunFolder, read_result
 from foundry_jax.schema import require
 from foundry_jax.train_step import Program, TrainState
+
+log = logging.getLogger(__name__)
 
 # Keys that may change when a run is resumed: they decide what is kept and shown, not what is computed.
 OPERATIONAL = ("name", "sharding", "checkpoint", "log", "data.cache_dir")
@@ -45,10 +47,10 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
         require_even_batches(config, plan)
         folder.write_config(to_flat_dict(config), OPERATIONAL)
         if (result := read_result(folder.path)) is not None:
-            logging.info("%s is finished; delete it or use another --workdir to train again.", folder.path)
+            log.info("%s is finished; delete it or use another --workdir to train again.", folder.path)
             return result
-        logging.info("%s: %s parameters on %d x %s.", folder.path, f"{num_params:,}", plan.num_devices, device_kind())
-        logging.info("Sharding: %s, because %s.", plan.strategy, plan.reason)
+        log.info("%s: %s parameters on %d x %s.", folder.path, f"{num_params:,}", plan.num_devices, device_kind())
+        log.info("Sharding: %s, because %s.", plan.strategy, plan.reason)
         keep = config.checkpoint
         with (
             plan.context(),
@@ -187,7 +189,7 @@ class Trainer:
         with self.clock.measure("save"):
             restored = self.checkpointer.restore(abstract, before=before)
         if restored is not None:
-            logging.info("Resuming from step %d.", restored.step)
+            log.info("Resuming from step %d.", restored.step)
             if before is None:
                 self.clock.seconds |= restored.metadata["seconds"]
             return restored.state, restored.step
@@ -290,7 +292,9 @@ class Trainer:
         self.writer.write(step, "eval", row)
         self.evals[step] = row
         bits = f", {row['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in row else ""
-        self.progress.line(f"step {step} validation loss {row['loss']:.4f}{bits}; of averaged weights {row['ema_loss']:.4f}")
+        self.progress.line(
+            f"step {step} validation loss {row['loss']:.4f}{bits}; of averaged weights {row['ema_loss']:.4f}"
+        )
 
     def save_if_due(self, state: TrainState, step: int) -> None:
         """Saves if a checkpoint is due.
@@ -314,7 +318,9 @@ class Trainer:
         if self.preemption.requested(step):
             self.save(state, step)
             self.checkpointer.wait()
-            raise Preempted(f"step {step} of {self.config.num_steps} is saved in {self.folder.path}; run it again to go on.")
+            raise Preempted(
+                f"step {step} of {self.config.num_steps} is saved in {self.folder.path}; run it again to go on."
+            )
 
     def roll_back(self, trouble: TooManySkipsError) -> tuple[TrainState, int]:
         """Returns the newest checkpoint before the trouble, with the data window moved past what caused it.
@@ -333,13 +339,15 @@ class Trainer:
         self.evals = {eval_step: row for eval_step, row in self.evals.items() if eval_step <= step}
         text = "Steps %d to %d were not finite: back to step %d and on with other data (roll-back %d of %d)."
         numbers = (first_bad, trouble.step, step, self.folder.num_rollbacks, self.config.guard.max_rollbacks)
-        logging.warning(text, *numbers)
+        log.warning(text, *numbers)
         return state, step
 
     def diagnosis(self, trouble: TooManySkipsError) -> str:
         """Returns what is known of a run that does not stay finite, and what to try."""
         rows = [row for row in read_metrics(self.folder.metrics, "train") if math.isfinite(row["loss"])]
-        last = f"the last finite loss was {rows[-1]['loss']:.4g} at step {rows[-1]['step']}" if rows else "none was before"
+        last = (
+            f"the last finite loss was {rows[-1]['loss']:.4g} at step {rows[-1]['step']}" if rows else "none was before"
+        )
         o, guard, metrics = self.config.optimizer, self.config.guard, trouble.metrics
         return (
             f"{guard.max_skips} steps in a row up to step {trouble.step} were not finite (loss {metrics['loss']:.4g}, "

@@ -23,6 +23,9 @@ from foundry_jax import checkpoint
 from foundry_jax.checkpoint import Checkpointer, Restored, find_damage, load_params
 from foundry_jax.errors import UserError
 
+# After a failed read or write Orbax leaves coroutines behind that Python complains of when it finds them.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 ROOT = pathlib.Path(__file__).parent.parent
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
@@ -201,6 +204,14 @@ def test_one_flipped_bit_is_found_in_whichever_file_it_is(saved):
         flip_bit(file)
         assert find_damage(saved / "30").reason == "checksum", file
         file.write_bytes(whole)
+
+
+def test_one_flipped_bit_in_the_seal_is_found_wherever_it_is(saved):
+    seal = saved / "30" / checkpoint.SEAL
+    whole = seal.read_bytes()
+    for position in range(0, len(whole), 7):
+        seal.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        assert find_damage(saved / "30") is not None, whole[:position]
 
 
 def test_two_damaged_steps_fall_back_twice(saved, warnings):

@@ -234,9 +234,10 @@ def test_data_windows_say_how_far_each_step_is_moved_also_after_a_restart(tmp_pa
         assert offsets == [0, 0, 5, 5, 9, 9]
     with RunFolder(tmp_path) as folder:
         assert [folder.data_offset(step) for step in (0, 29, 30, 59, 60, 99)] == offsets
-        folder.add_data_window(40, 12)  # rolled back to 40: what was planned from 60 on is void
+        folder.add_data_window(40, 12)  # a later roll-back overrules an earlier one
         assert [folder.data_offset(step) for step in (39, 40, 60)] == [5, 12, 12]
-    assert json.loads((tmp_path / "data_windows.json").read_text()) == [[30, 5], [40, 12]]
+    assert json.loads((tmp_path / "data_windows.json").read_text()) == [[30, 5], [60, 9], [40, 12]]
+    assert folder.num_rollbacks == 3
 
 
 def test_the_other_processes_of_a_run_write_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""Tiny architectures, one per variant, that the contract suites run over; all sizes differ, so no axis can be swapped."""
+"""Tiny architectures that the contract suites run over; all sizes differ, so no swapped axis goes unnoticed."""
 
 import dataclasses
 import functools

@@ -1,17 +1,13 @@
 """Shows how a config would be laid out: python -m foundry_jax.cli.plan --config=configs/baseline.py --devices=256"""
 
 import argparse
-import collections
 import dataclasses
 import json
-import math
-import re
 import sys
 from typing import Any
 
-from foundry_jax.errors import run_command
+from foundry_jax import command
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 GIB = 1 << 30
 
 
@@ -26,16 +22,13 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", required=True, metavar="FILE[:MUTATIONS]")
     parser.add_argument("--devices", type=int, default=1, help="number of devices to plan for (default: 1)")
     parser.add_argument("--device-memory", type=float, metavar="GIB", help="GiB of one device: says what fits")
-    parser.add_argument("--vocab-size", type=int, help="if the config leaves it to the tokenizer; default: data.vocab_size")
+    parser.add_argument("--vocab-size", type=int, help="default: model.vocab_size, or data.vocab_size if that is 0")
     parser.add_argument("--compile", action="store_true", help="compile the step for that many virtual CPU devices")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    flags, rest = parser.parse_known_args(argv)
-    wrong = [text for text in rest if not text.startswith("--config.")]
-    if wrong:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    flags, overrides = command.parse(parser, argv)
     if flags.devices < 1:
         parser.error(f"--devices={flags.devices} must be 1 or more")
-    return flags, [text.removeprefix("--config.") for text in rest]
+    return flags, overrides
 
 
 def main() -> None:
@@ -45,77 +38,34 @@ def main() -> None:
     import jax
 
     from foundry_jax import config as config_lib
-    from foundry_jax.train import require_even_batches, with_vocabulary
+    from foundry_jax import forecast, train
+    from foundry_jax.model import transformer
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", flags.devices)
     config = config_lib.load(flags.config, overrides)
-    config = with_vocabulary(config, flags.vocab_size or config.model.vocab_size or config.data.vocab_size)
-    report = decide(config, flags.devices, flags.device_memory)
+    vocab_size = flags.vocab_size or config.model.vocab_size or config.data.vocab_size
+    config = train.with_vocabulary(config, vocab_size)
+    plan = forecast.plan_of(config, flags.devices)
+    rows = forecast.param_table(config, plan)
+    memory = forecast.memory(config, plan)
+    report = {
+        "plan": dataclasses.asdict(plan),
+        "num_params": transformer.num_params(config.model),
+        "params": [dataclasses.asdict(row) for row in rows],
+        "memory": dataclasses.asdict(memory) | {"total": memory.total},
+    }
+    if flags.device_memory is not None:
+        budget = int(flags.device_memory * GIB)
+        report["fits"] = memory.total <= budget
+        report["strategies_that_fit"] = forecast.strategies_that_fit(config, flags.devices, budget)
     if flags.compile:
-        require_even_batches(config, report["plan"])
-        report["compiled"] = compile_report(config, report["plan"])
+        train.require_even_batches(config, plan)
+        report["compiled"] = forecast.compiled_step(config, plan)
     if flags.json:
-        report["plan"] = dataclasses.asdict(report["plan"])
         print(json.dumps(report))
     else:
         show(report)
-
-
-def decide(config, num_devices: int, device_gib: float | None) -> dict[str, Any]:
-    """Returns the plan, the table of parameters and the memory estimate.
-
-    Raises:
-        UserError: an axis size or variant that does not fit.
-    """
-    import jax
-
-    from foundry_jax import compilation, sharding
-    from foundry_jax.model import transformer
-    from foundry_jax.train_step import Program
-
-    transformer.check(config.model)
-    num_params = transformer.num_params(config.model)
-    plan = sharding.plan(num_params, num_devices, config.sharding)
-    state, _, _ = compilation.abstract_inputs(Program.of(config), plan, (1, 1))
-    rows = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-        local = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        name = "/".join(key.key for key in path)
-        rows.append({"name": name, "shape": list(leaf.shape), "spec": str(leaf.sharding.spec), "bytes_per_device": local})
-    micro_batch = config.data.batch_size // config.optimizer.accumulation_steps
-    memory = sharding.estimate_memory(config.model, num_params, plan, micro_batch)
-    report = {
-        "plan": plan,
-        "num_params": num_params,
-        "params": rows,
-        "memory": dataclasses.asdict(memory) | {"total": memory.total},
-    }
-    if device_gib is not None:
-        budget = int(device_gib * GIB)
-        fitting = sharding.strategies_that_fit(config.model, num_params, num_devices, micro_batch, budget, config.sharding)
-        report |= {"fits": memory.total <= budget, "strategies_that_fit": fitting}
-    return report
-
-
-def compile_report(config, plan) -> dict[str, Any]:
-    """Returns the collectives of the compiled step and the bytes per device that XLA plans for."""
-    import jax
-
-    from foundry_jax import compilation
-    from foundry_jax.train_step import Program
-
-    with plan.context():
-        batch_shape = (config.data.batch_size, config.model.context_length)
-        compiled = compilation.compile_train_step(Program.of(config), plan, batch_shape)
-    found = re.findall(rf"= \S+ ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text())
-    memory = compiled.memory_analysis()
-    return {
-        "backend": jax.default_backend(),
-        "collectives": dict(collections.Counter(found)),
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-    }
 
 
 def show(report: dict[str, Any]) -> None:
@@ -125,28 +75,26 @@ def show(report: dict[str, Any]) -> None:
 
     console = rich.console.Console(soft_wrap=True, highlight=False)
     plan, memory = report["plan"], report["memory"]
-    console.print(f"strategy: {plan.strategy}, because {plan.reason}")
-    console.print(f"mesh: data={plan.data} fsdp={plan.fsdp} tensor={plan.tensor}")
+    console.print(f"strategy: {plan['strategy']}, because {plan['reason']}")
+    console.print(f"mesh: data={plan['data']} fsdp={plan['fsdp']} tensor={plan['tensor']}")
     table = rich.table.Table("parameter", "shape", "PartitionSpec", "bytes per device", box=None)
     for row in report["params"]:
-        shape = "x".join(map(str, row["shape"]))
-        table.add_row(row["name"], shape, row["spec"].removeprefix("PartitionSpec"), f"{row['bytes_per_device']:,}")
+        table.add_row(row["name"], "x".join(map(str, row["shape"])), row["spec"], f"{row['bytes_per_device']:,}")
     console.print(table)
     console.print(f"{report['num_params']:,} parameters; estimated per device, in GiB:")
     console.print(", ".join(f"{name} {size / GIB:.3f}" for name, size in memory.items()))
     if "fits" in report:
         fitting = [f"{name} ({size / GIB:.2f} GiB)" for name, size in report["strategies_that_fit"].items()]
         verdict = "fits" if report["fits"] else "does not fit"
-        console.print(f"{plan.strategy} {verdict}; fitting: {', '.join(fitting) or 'none; use more devices or remat'}")
+        advice = ", ".join(fitting) or "none; try more devices, model.remat=full or optimizer.accumulation_steps"
+        console.print(f"{plan['strategy']} {verdict}; what fits: {advice}")
     if "compiled" in report:
         compiled = report["compiled"]
         counts = ", ".join(f"{count} {name}" for name, count in compiled["collectives"].items()) or "no collectives"
         console.print(f"compiled for virtual {compiled['backend']} devices: {counts}")
-        console.print(
-            f"per device: arguments {compiled['argument_bytes'] / GIB:.3f} GiB, "
-            f"temporaries {compiled['temporary_bytes'] / GIB:.3f} GiB"
-        )
+        sizes = compiled["argument_bytes"] / GIB, compiled["temporary_bytes"] / GIB
+        console.print("per device: arguments {:.3f} GiB, temporaries {:.3f} GiB".format(*sizes))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    command.run(main)

@@ -7,7 +7,7 @@ processes, with the batches it would have seen.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -54,10 +54,12 @@ class TrainBatches:
             "weights": np.ones((len(starts_B), self.context_length), np.float32),
         }
 
-    def iterate(self, start: int, stop: int, offset: int = 0) -> Iterator[tuple[int, Batch]]:
+    def iterate(
+        self, start: int, stop: int, offset: Callable[[int], int] = lambda step: 0
+    ) -> Iterator[tuple[int, Batch]]:
         """Yields (step, batch) for start <= step < stop, prepared by a thread while the device works.
 
-        Step s gets batch s + offset: after a roll-back, a larger offset skips the batches that did the harm.
+        Step s gets batch s + offset(s): after a roll-back, a larger offset skips the batches that did the harm.
         """
         import grain  # takes 1.8 s: it imports jax and orbax, which preparing data and --help do without
 
@@ -194,10 +196,10 @@ class _Steps:
 
     batches: TrainBatches
     stop: int
-    offset: int
+    offset: Callable[[int], int]
 
     def __len__(self) -> int:
         return self.stop
 
     def __getitem__(self, step: int) -> Batch:
-        return self.batches.batch(step + self.offset)
+        return self.batches.batch(step + self.offset(step))

@@ -51,9 +51,7 @@ class ModelConfig:
             kv_lora_rank=(1, inf), qk_nope_head_dim=(1, inf), qk_rope_head_dim=(1, inf), v_head_dim=(1, inf),
             norm_epsilon=(0, 1), rope_theta=(1, inf), dropout=(0, 0.999))  # fmt: skip
         require(self.dtype in DTYPES, f"model.dtype={self.dtype!r} must be one of {', '.join(DTYPES)}.")
-        require(
-            self.remat in REMAT_POLICIES, f"model.remat={self.remat!r} must be one of {', '.join(REMAT_POLICIES)}."
-        )
+        require(self.remat in REMAT_POLICIES, f"model.remat={self.remat!r} must be one of {', '.join(REMAT_POLICIES)}.")
         if self.head_dim == 0:
             require(
                 self.model_dim % self.num_heads == 0,

@@ -20,7 +20,10 @@ def lr(config, peak: str):
     o = config.optimizer
     ratio = o.min_learning_rate / o.learning_rate if o.learning_rate else 0.0
     try:
-        return {"optimizer.learning_rate": float(peak), "optimizer.min_learning_rate": float(f"{float(peak) * ratio:.6g}")}
+        return {
+            "optimizer.learning_rate": float(peak),
+            "optimizer.min_learning_rate": float(f"{float(peak) * ratio:.6g}"),
+        }
     except ValueError:
         raise UserError(f"lr={peak!r} must be a number such as 3e-4.") from None
 

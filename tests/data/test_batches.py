@@ -125,7 +125,7 @@ def test_iterate_resumes_at_any_step():
 
 
 def test_iterate_shifts_the_data_by_the_offset_and_not_the_step():
-    for step, batch in make().iterate(4, 8, offset=100):
+    for step, batch in make().iterate(4, 8, offset=lambda step: 100):
         assert_equal(batch, make().batch(step + 100))
 
 

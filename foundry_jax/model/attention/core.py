@@ -16,9 +16,7 @@ def attend(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, 
     N is a multiple of K: query head n reads key/value head n // (N // K). v may have another head dim than q, k.
     """
     if _fits_flash_attention(q_BLNH, v_BSKH, mask):
-        return jax.nn.dot_product_attention(
-            q_BLNH, k_BSKH, v_BSKH, scale=scale, is_causal=True, implementation="cudnn"
-        )
+        return jax.nn.dot_product_attention(q_BLNH, k_BSKH, v_BSKH, scale=scale, is_causal=True, implementation="cudnn")
     B, L, N, H = q_BLNH.shape
     K = k_BSKH.shape[2]
     # Queries of one key/value head are stacked along L, so that each head is one plain matrix product.

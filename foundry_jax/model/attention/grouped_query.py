@@ -41,7 +41,9 @@ class GroupedQueryAttention(nn.Module):
             }
             k_BLKH, v_BLKH = cache["key"], cache["value"]
         y_BLNH = attend(q_BLNH, k_BLKH, v_BLKH, mask, scale=c.head_dim**-0.5)
-        out = Linear(heads, (c.model_dim,), ("heads", "head_dim", "embed"), c.dtype, output_std(c.num_layers), name="out")
+        out = Linear(
+            heads, (c.model_dim,), ("heads", "head_dim", "embed"), c.dtype, output_std(c.num_layers), name="out"
+        )
         return out(y_BLNH), cache
 
     @staticmethod

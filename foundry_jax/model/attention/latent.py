@@ -33,7 +33,9 @@ class MultiHeadLatentAttention(nn.Module):
         positions_BL = mask.queries.positions_BL
         q_nope_BLNH, q_rope_BLNH = jnp.split(self._queries(x_BLD), [c.qk_nope_head_dim], axis=-1)
         q_rope_BLNH = rope(q_rope_BLNH, positions_BL, c.rope_theta, interleaved=True)
-        down = Linear((c.model_dim,), (c.kv_lora_rank + c.qk_rope_head_dim,), ("embed", "kv_lora"), c.dtype, name="kv_down")
+        down = Linear(
+            (c.model_dim,), (c.kv_lora_rank + c.qk_rope_head_dim,), ("embed", "kv_lora"), c.dtype, name="kv_down"
+        )
         latent_BLR, k_rope_BLH = jnp.split(down(x_BLD), [c.kv_lora_rank], axis=-1)
         latent_BLR = self._norm("kv_norm", c.kv_lora_rank, "kv_lora")(latent_BLR)
         k_rope_BLH = rope(k_rope_BLH[:, :, None], positions_BL, c.rope_theta, interleaved=True)[:, :, 0]
