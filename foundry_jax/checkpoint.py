@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import pathlib
@@ -26,13 +27,14 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from foundry_jax.errors import UserError
 from foundry_jax.registry import lookup
 from foundry_jax.runfolder import fsync, write_json_atomic
+
+log = logging.getLogger(__name__)
 
 PyTree = Any
 
@@ -100,7 +102,7 @@ class Checkpointer:
         except UserError as lost:
             if kind is None:
                 raise
-            logging.warning("%s", lost)  # do not hide the error that is on its way out
+            log.warning("%s", lost)  # do not hide the error that is on its way out
 
     def steps(self) -> list[int]:
         """Returns the committed steps, oldest first."""
@@ -229,7 +231,7 @@ class Checkpointer:
                 f"{self._failed[-1]} That is {MAX_FAILED_SAVES} failed saves in a row; the newest checkpoint "
                 f"in {self.directory} is {self.latest_step()}. Make room there and run the same command again."
             ) from error
-        logging.warning("%s Training goes on; older checkpoints are intact.", self._failed[-1])
+        log.warning("%s Training goes on; older checkpoints are intact.", self._failed[-1])
 
     def _reopen(self) -> None:
         """Replaces Orbax's manager: after a failure it has lost track of the steps on disk, raises
@@ -251,7 +253,7 @@ class Checkpointer:
 
     def _quarantine(self, step: int, damage: Damage) -> None:
         target = _move_to_quarantine(self._path(step), damage.reason)
-        logging.warning(
+        log.warning(
             "Checkpoint %d is damaged (%s); moved to %s, going back to an older one.", step, damage.detail, target
         )
 
@@ -310,7 +312,7 @@ def load_params(
             damage = Damage("missing", "the run deleted it meanwhile")
         if isinstance(step, int):
             raise UserError(f"Checkpoint {path} is damaged ({damage.detail}); choose from {_steps(directory)}.")
-        logging.warning("Checkpoint %d is damaged (%s); trying another.", candidate, damage.detail)
+        log.warning("Checkpoint %d is damaged (%s); trying another.", candidate, damage.detail)
     raise UserError(f"No checkpoint to load in {directory}; train first, or name a run folder's checkpoints.")
 
 
@@ -541,7 +543,7 @@ def _context(*, partial: bool = False) -> ocp.Context:
 
 def _quiet_orbax() -> None:
     """Drops Orbax's own log records: 20 lines a save; its errors are raised too, and reported by us."""
-    logging.get_absl_logger().addFilter(_not_from_orbax)  # adding it twice changes nothing
+    logging.getLogger("absl").addFilter(_not_from_orbax)  # adding it twice changes nothing
 
 
 def _not_from_orbax(record: Any) -> bool:

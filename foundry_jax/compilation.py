@@ -5,13 +5,12 @@ import functools
 import os
 import pathlib
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from foundry_jax.optimizer import abstract_hyperparameters
 from foundry_jax.sharding import Plan
-from foundry_jax.train_step import Program, eval_step, init_state, train_step, unboxed_init
+from foundry_jax.train_step import Program, eval_step, init_state, train_step, unbox, unboxed_init
 
 _EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -83,7 +82,7 @@ def abstract_inputs(program: Program, plan: Plan, batch_shape: tuple[int, int]):
     boxed = jax.eval_shape(functools.partial(init_state, program), hyper)
     state = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        nn.meta.unbox(boxed),
+        unbox(boxed),
         plan.shardings(boxed),
     )
     dtypes = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}

@@ -11,6 +11,7 @@ import datetime
 import functools
 import importlib
 import json
+import logging
 import math
 import os
 import pathlib
@@ -26,11 +27,12 @@ import jax
 import jax.numpy as jnp
 import rich.console
 import rich.progress
-from absl import logging
 
 from foundry_jax.errors import UserError
 from foundry_jax.registry import lookup
 from foundry_jax.runfolder import decode_json, encode_json
+
+log = logging.getLogger(__name__)
 
 CPU_MEASURE_SECONDS = 0.1
 CPU_MEASURE_SIZE = 512
@@ -114,15 +116,17 @@ class MetricsWriter:
     them, and a tracker that raises is dropped with one warning.
     """
 
-    def __init__(self, path: str | os.PathLike, *, resume_step: int, trackers: str = ""):
+    def __init__(self, path: str | os.PathLike, *, resume_step: int, trackers: str = "", primary: bool = True):
         """Opens the file for a run restored at that step (0: a fresh one), dropping rows after it.
+
+        With primary=False (any process of a multi-process run but the first) nothing is written.
 
         Raises:
             UserError: an unknown tracker, one whose extra is not installed, or a damaged file.
         """
-        self._path = pathlib.Path(path)
+        self._path = pathlib.Path(path if primary else os.devnull)
         _drop_after(self._path, resume_step)
-        names = [name.strip() for name in trackers.split(",") if name.strip()]
+        names = [name.strip() for name in trackers.split(",") if name.strip() and primary]
         factories = {name: lookup(TRACKERS, name, "tracker") for name in names}
         self._trackers = [
             _Guarded(name, factory, self._path.parent, resume_step) for name, factory in factories.items()
@@ -165,7 +169,7 @@ class MetricsWriter:
             return
         self._write_waiting()
         if self._waiting:
-            logging.warning("%d last rows of %s are lost: disk full.", len(self._waiting), self._path)
+            log.warning("%d last rows of %s are lost: disk full.", len(self._waiting), self._path)
         self._file.close()
         self._tell("close")
 
@@ -185,7 +189,7 @@ class MetricsWriter:
             reason = error.strerror
         self._file.truncate(end)
         if not self._warned:
-            logging.warning("Rows of %s wait in memory: %s.", self._path, reason)
+            log.warning("Rows of %s wait in memory: %s.", self._path, reason)
         self._warned = True
 
     def _tell(self, method: str, *arguments: Any) -> None:
@@ -217,7 +221,7 @@ class _Guarded:
     def _drop(self, error: Exception) -> None:
         self._tracker = None
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        logging.warning("Tracker %s is off for the rest of this run: %s", self._name, reason)
+        log.warning("Tracker %s is off for the rest of this run: %s", self._name, reason)
 
 
 def read_metrics(path: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:

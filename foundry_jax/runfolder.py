@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import pathlib
@@ -23,9 +24,9 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from absl import logging
-
 from foundry_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 2.0  # a stalled run is looked for in minutes, so fewer writes lose nothing
 
@@ -87,7 +88,7 @@ class RunFolder:
                 f"Use another --workdir, or set these back."
             )
         for text in changes.values():
-            logging.info("Config of %s: %s", self.path, text)
+            log.info("Config of %s: %s", self.path, text)
         if old is None or changes:
             self._write(path, new)
 
@@ -105,7 +106,7 @@ class RunFolder:
             write_json_atomic(self.path / "heartbeat.json", {"step": step, "time": time.time()}, durable=False)
         except OSError as error:  # a full disk must not end a run that may outlive it
             if not self._warned:
-                logging.warning("No heartbeat in %s: %s", self.path, error.strerror)
+                log.warning("No heartbeat in %s: %s", self.path, error.strerror)
             self._warned = True
 
     def add_data_window(self, from_step: int, offset: int) -> None:
@@ -242,7 +243,7 @@ def _flock(lock: int, folder: pathlib.Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        logging.warning("%s is on a file system without locks: start no second run in it.", folder)
+        log.warning("%s is on a file system without locks: start no second run in it.", folder)
 
 
 @contextlib.contextmanager

@@ -199,8 +199,9 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Returns an estimate of bytes per device; accumulation is not counted, batch_size is one micro-batch.
 
-    Parameters, their moments, average and gradients are float32. Activations are what the backward pass keeps
-    between layers under the remat policy, plus the logits twice (values and gradients).
+    Parameters, their moments, average and gradients are float32. Activations are what the backward pass keeps of every
+    layer under the remat policy, all of the one layer that it is working on, and the logits twice (values and
+    gradients).
     """
     copy = 4 * num_params // (plan.fsdp * plan.tensor)
     tokens = math.ceil(batch_size / plan.batch_shards) * model.context_length
@@ -216,11 +217,10 @@ def estimate_memory(
 def _activation_bytes(m: ModelConfig, tokens: int, tensor: int) -> int:
     width = 2 if m.dtype == "bfloat16" else 4
     qkv = m.head_dim * (m.num_heads + 2 * m.num_kv_heads)
-    kept = {
-        "full": m.model_dim,
-        "dots": 3 * m.model_dim + (qkv + 2 * m.mlp_dim) // tensor,
-        "none": 6 * m.model_dim + (2 * qkv + 4 * m.mlp_dim) // tensor,
-    }[m.remat]
-    probabilities = 0 if m.remat == "full" else m.num_heads * m.context_length * 4 // tensor
+    inner = (qkv + 2 * m.mlp_dim) // tensor
+    probabilities = m.num_heads * m.context_length * 4 // tensor  # float32, and not kept by a fused GPU kernel
+    everything = width * (6 * m.model_dim + 2 * inner) + probabilities
+    kept = {"none": everything, "dots": width * (3 * m.model_dim + inner), "full": width * m.model_dim}[m.remat]
+    working = 0 if m.remat == "none" else everything
     logits = 2 * 4 * m.vocab_size // tensor
-    return tokens * (m.num_layers * (kept * width + probabilities) + logits)
+    return tokens * (m.num_layers * kept + working + logits)

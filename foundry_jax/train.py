@@ -161,9 +161,10 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Trains from the newest checkpoint to the last step and returns the run's result."""
         state, step = self.restore_or_init()
-        trackers = "" if jax.process_index() > 0 else self.config.log.trackers
-        self.writer = MetricsWriter(self.folder.metrics, resume_step=step, trackers=trackers)
-        self.evals = {row["step"]: row for row in read_metrics(self.folder.metrics, "eval")}
+        self.writer = MetricsWriter(
+            self.folder.metrics, resume_step=step, trackers=self.config.log.trackers, primary=jax.process_index() == 0
+        )
+        self.evals = {row["step"]: row for row in self.rows("eval")}
         self.progress = Progress(self.config.num_steps, step=step, quiet=self.quiet)
         with self.writer, self.progress:
             self.writer.config(to_flat_dict(self.config))
@@ -227,6 +228,10 @@ class Trainer:
         """Returns the batch laid out over the devices; each process brings its own rows."""
         where = self.plan.batch_sharding()
         return {name: jax.make_array_from_process_local_data(where, x, shape) for name, x in batch.items()}
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        """Returns what metrics.jsonl holds of one kind, oldest first."""
+        return read_metrics(self.folder.metrics, kind) if self.folder.metrics.exists() else []
 
     def eval_is_due(self, step: int) -> bool:
         return step % self.config.eval.every == 0 or step == self.config.num_steps
@@ -344,7 +349,7 @@ class Trainer:
 
     def diagnosis(self, trouble: TooManySkipsError) -> str:
         """Returns what is known of a run that does not stay finite, and what to try."""
-        rows = [row for row in read_metrics(self.folder.metrics, "train") if math.isfinite(row["loss"])]
+        rows = [row for row in self.rows("train") if math.isfinite(row["loss"])]
         last = (
             f"the last finite loss was {rows[-1]['loss']:.4g} at step {rows[-1]['step']}" if rows else "none was before"
         )
@@ -359,7 +364,7 @@ class Trainer:
     def result(self) -> dict[str, Any]:
         """Returns what result.json holds of a finished run."""
         steps = self.config.num_steps
-        rows = read_metrics(self.folder.metrics, "train")
+        rows = self.rows("train")
         tokens = steps * math.prod(self.batch_shape)
         busy = self.busy_seconds()
         return {

@@ -74,7 +74,13 @@ def init_state(program: Program, hyper: Hyperparameters) -> TrainState:
 
 def unboxed_init(program: Program, hyper: Hyperparameters) -> TrainState:
     """Returns init_state as plain arrays."""
-    return nn.meta.unbox(init_state(program, hyper))
+    return unbox(init_state(program, hyper))
+
+
+def unbox(tree):
+    """Returns the tree without logical axis names; unlike flax's unbox it lays nothing out, so shapes will do."""
+    boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(lambda x: x.unbox(apply_constraint=False) if boxed(x) else x, tree, is_leaf=boxed)
 
 
 def train_step(program: Program, state: TrainState, batch: dict, hyper: Hyperparameters):
@@ -84,7 +90,7 @@ def train_step(program: Program, state: TrainState, batch: dict, hyper: Hyperpar
     multiplied by zero, because 0 * NaN is NaN.
     """
     grads, metrics = _gradients(program, state.params, batch, hyper, state.step)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     updates, opt_state = _optimizer(program, hyper, state.step).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -147,14 +153,14 @@ def _accumulate(num_steps, gradient, params, batch, key, total):
         index, rows = inputs
         (_, metrics), grads = gradient(params, rows, key=jax.random.fold_in(key, index))
         share = jnp.maximum(jnp.sum(rows["weights"]), 1.0) / total
-        norm = jnp.square(optax.global_norm(grads) / share)  # of this micro-batch's own mean gradient
+        norm = jnp.square(optax.tree.norm(grads) / share)  # of this micro-batch's own mean gradient
         return jax.tree.map(jnp.add, carry, (grads, metrics, norm)), None
 
     first = jax.tree.map(lambda x: x[0], micro)
     (_, metrics), grads = jax.eval_shape(lambda: gradient(params, first, key=key))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics, jax.ShapeDtypeStruct((), total.dtype)))
     (grads, metrics, norms), _ = jax.lax.scan(add, zeros, (jnp.arange(num_steps), micro))
-    big_norm = jnp.square(optax.global_norm(grads))
+    big_norm = jnp.square(optax.tree.norm(grads))
     spread = noise_scale(norms / num_steps, big_norm, num_steps, batch["inputs"].shape[0])
     return grads, metrics | {"tokens": total} | spread
 

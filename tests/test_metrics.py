@@ -22,7 +22,7 @@ from foundry_jax.metrics import MetricsWriter, Progress, device_peak_flops, read
 @pytest.fixture
 def log(monkeypatch):
     lines = []
-    monkeypatch.setattr(metrics.logging, "warning", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(metrics.log, "warning", lambda text, *values: lines.append(text % values))
     return lines
 
 
@@ -118,6 +118,14 @@ def test_rolling_back_while_the_run_goes_on_drops_the_undone_rows(path):
         writer.rewind(1)
         writer.write(2, "train", {"loss": 2.0})
     assert steps_of(path) == [1, 2]
+
+
+def test_the_other_processes_of_a_run_write_nothing(path):
+    write_steps(path, [1, 2, 3])
+    with MetricsWriter(path, resume_step=1, trackers="wandb", primary=False) as writer:
+        writer.write(2, "train", {"loss": 0.0})
+        writer.rewind(1)
+    assert steps_of(path) == [1, 2, 3] and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_damage_inside_the_file_is_named_by_line(path):

@@ -41,7 +41,7 @@ def holder(tmp_path):
 def log(monkeypatch):
     lines = []
     for level in ("info", "warning"):
-        monkeypatch.setattr(runfolder.logging, level, lambda text, *values: lines.append(text % values))
+        monkeypatch.setattr(runfolder.log, level, lambda text, *values: lines.append(text % values))
     return lines
 
 
