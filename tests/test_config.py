@@ -115,7 +115,8 @@ def test_a_key_that_a_config_file_invents_is_refused(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
         "from configs import tiny\n"
-        "def get_config(arg=''):\n    c = tiny.get_config()\n    c.model.unlock()\n    c.model.num_layer = 3\n    return c\n"
+        "def get_config(arg=''):\n"
+        "    c = tiny.get_config()\n    c.model.unlock()\n    c.model.num_layer = 3\n    return c\n"
     )
     with pytest.raises(UserError, match="Unknown config key model.num_layer 'num_layer'. Did you mean 'num_layers'"):
         load(str(path))

@@ -60,6 +60,11 @@ def test_weight_decay_spares_norms_biases_and_if_asked_embeddings(decay_embeddin
     }
 
 
+def gradients(params, step):
+    """Returns gradients that differ between entries and steps."""
+    return jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=jnp.float32) + step).reshape(x.shape), params)
+
+
 def run_chain(name, config, num_steps=3):
     """Returns the parameters after a few steps whose hyperparameters are traced."""
 
@@ -72,16 +77,14 @@ def run_chain(name, config, num_steps=3):
     hyper = hyperparameters(config)
     params, state = PARAMS, optimizer.build(name, hyper, jnp.int32(0), decay_embeddings=True).init(PARAMS)
     for step in range(num_steps):
-        grads = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=jnp.float32) + step).reshape(x.shape), params)
-        params, state = update(params, state, grads, hyper, jnp.int32(step))
+        params, state = update(params, state, gradients(params, step), hyper, jnp.int32(step))
     return params, update
 
 
 def reference(transform, num_steps=3):
     params, state = PARAMS, transform.init(PARAMS)
     for step in range(num_steps):
-        grads = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=jnp.float32) + step).reshape(x.shape), params)
-        updates, state = transform.update(grads, state, params)
+        updates, state = transform.update(gradients(params, step), state, params)
         params = optax.apply_updates(params, updates)
     return params
 
