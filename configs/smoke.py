@@ -19,7 +19,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.model_dim = 16
     c.model.num_heads = 4
     c.data.tokenizer = "byte"
-    c.data.validation_fraction = 0.001
     c.data.batch_size = 8
     c.eval.every = 10
     c.eval.batch_size = 64
