@@ -1,6 +1,6 @@
 """A run of seconds for tests of the machinery: two layers, 16 wide, on bytes.
 
-    python -m foundry_jax.main --config=configs/smoke.py
+python -m foundry_jax.main --config=configs/smoke.py
 """
 
 from ml_collections import ConfigDict

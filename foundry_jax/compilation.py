@@ -76,6 +76,7 @@ def compile_eval_step(program: Program, plan: Plan, batch_shape: tuple[int, int]
     return jax.jit(functools.partial(eval_step, program)).lower(state.params, batch).compile()
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_inputs(program: Program, plan: Plan, batch_shape: tuple[int, int]):
     """Returns (state, batch, hyperparameters) as ShapeDtypeStructs laid out by the plan."""
     hyper = abstract_hyperparameters()

@@ -71,4 +71,5 @@ def summary(result: dict) -> str:
 
 
 if __name__ == "__main__":
+    command.restart_with_huge_pages()
     command.run(main)

@@ -16,7 +16,7 @@ from foundry_jax import optimizer
 from foundry_jax.config import Config
 from foundry_jax.losses import LOSSES, token_statistics
 from foundry_jax.model.config import ModelConfig
-from foundry_jax.model.transformer import Transformer
+from foundry_jax.model.transformer import Transformer, init_params
 from foundry_jax.optimizer import Hyperparameters
 from foundry_jax.registry import lookup
 
@@ -66,7 +66,7 @@ class TrainState:
 def init_state(program: Program, hyper: Hyperparameters) -> TrainState:
     """Returns the state at step 0, its parameters boxed with their logical axis names (see unboxed_init)."""
     key = jax.random.fold_in(jax.random.key(hyper.seed), 0)
-    params = Transformer(program.model).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    params = init_params(program.model, key)
     zero = jnp.zeros((), jnp.int32)
     opt_state = _optimizer(program, hyper, zero).init(params)
     return TrainState(zero, params, opt_state, jax.tree.map(jnp.copy, params), zero, zero)

@@ -11,6 +11,7 @@ import pytest
 from foundry_jax import compilation, sharding
 from foundry_jax.config import load
 from foundry_jax.losses import LOSSES
+from foundry_jax.model.transformer import unstack_layers
 from foundry_jax.optimizer import OPTIMIZERS, hyperparameters
 from foundry_jax.train_step import Program, eval_step, noise_scale, train_step, unboxed_init
 from tests.variants import VOCAB, tiny
@@ -188,3 +189,15 @@ def test_seeds_give_different_weights_and_the_same_seed_the_same():
     one, again, two = (init(hyperparameters(dataclasses.replace(config, seed=seed))).params for seed in (1, 1, 2))
     jax.tree.map(np.testing.assert_array_equal, one, again)
     assert (one["embed"]["embedding"] != two["embed"]["embedding"]).all()
+
+
+def test_scanned_layers_start_from_the_same_weights_and_compute_the_same_step():
+    """Switching scan_layers is a choice of compilation, not of experiment."""
+    (step, state, hyper), (scan_step, scan_state, _) = begin(config_of()), begin(config_of(scan_layers=True))
+    jax.tree.map(np.testing.assert_array_equal, unstack_layers(scan_state.params, 2), state.params)
+    after, scan_after = step(state, batch_of(), hyper)[0], scan_step(scan_state, batch_of(), hyper)[0]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7),
+        unstack_layers(scan_after.opt_state[1].mu, 2),
+        after.opt_state[1].mu,
+    )

