@@ -1,6 +1,6 @@
 """How long data takes: opening a built cache, one batch by hand, by batch(), by iterate(), one shuffled index.
 
-    python tests/bench/bench_data.py [path to text]        default: the standard library, as bytes
+    python tests/bench/data_speed.py [path to text]        default: the standard library, as bytes
 
 On 2 CPU cores with a load of 4, 2026-11, batches of 32 x 257 tokens, in ms: open 260 (160 with BPE 4096), by hand
 0.29, batch 0.47, iterate 0.62, shuffle 0.22 against Grain's 18.
