@@ -12,14 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from foundry_jax import compilation, data, provenance, sharding
+from foundry_jax import compilation, data, forecast, provenance, sharding
 from foundry_jax.checkpoint import Checkpointer
 from foundry_jax.config import Config, to_flat_dict
 from foundry_jax.errors import Preempted, UserError
-from foundry_jax.metrics import MetricsWriter, Progress, device_peak_flops, read_metrics
+from foundry_jax.metrics import TRACKERS, MetricsWriter, Progress, device_peak_flops, read_metrics
 from foundry_jax.model import transformer
 from foundry_jax.optimizer import hyperparameters
 from foundry_jax.preemption import Preemption
+from foundry_jax.registry import lookup
 from foundry_jax.runfolder import RunFolder, read_result
 from foundry_jax.schema import require
 from foundry_jax.train_step import Program, TrainState
@@ -39,24 +40,28 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
     """
     transformer.check(config.model)
     Program.of(config)
+    require_known_trackers(config)
     with Preemption() as preemption, RunFolder(workdir, primary=jax.process_index() == 0) as folder:
         corpus = data.prepare(config.data)
         config = with_vocabulary(config, corpus.vocab_size)
         num_params = transformer.num_params(config.model)
         plan = sharding.plan(num_params, jax.device_count(), config.sharding)
         require_even_batches(config, plan)
+        batches_of(config, corpus)  # too little text must be found before a config is written that stays
         folder.write_config(to_flat_dict(config), OPERATIONAL)
         if (result := read_result(folder.path)) is not None:
             log.info("%s is finished; delete it or use another --workdir to train again.", folder.path)
             return result
         log.info("%s: %s parameters on %d x %s.", folder.path, f"{num_params:,}", plan.num_devices, device_kind())
         log.info("Sharding: %s, because %s.", plan.strategy, plan.reason)
+        warn_about_memory(config, plan, device_memory())
+        peak_flops = device_peak_flops(jax.local_devices()[0], config.model.dtype)  # on CPU measured, outside the mesh
         keep = config.checkpoint
         with (
             plan.context(),
             Checkpointer(folder.checkpoints, keep_latest=keep.keep_latest, keep_best=keep.keep_best) as checkpointer,
         ):
-            return Trainer(config, corpus, plan, folder, checkpointer, preemption, quiet=quiet).train()
+            return Trainer(config, corpus, plan, folder, checkpointer, preemption, peak_flops, quiet=quiet).train()
 
 
 def with_vocabulary(config: Config, vocab_size: int) -> Config:
@@ -73,6 +78,12 @@ def with_vocabulary(config: Config, vocab_size: int) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or vocab_size))
 
 
+def require_known_trackers(config: Config) -> None:
+    """Raises UserError for a name in log.trackers that is none, before anything is compiled."""
+    for name in filter(None, map(str.strip, config.log.trackers.split(","))):
+        lookup(TRACKERS, name, "tracker")
+
+
 def require_even_batches(config: Config, plan: sharding.Plan) -> None:
     """Raises UserError unless micro-batches and evaluation batches divide over the devices."""
     sizes = {
@@ -87,6 +98,22 @@ def require_even_batches(config: Config, plan: sharding.Plan) -> None:
         )
 
 
+def device_memory() -> int | None:
+    """Returns how many bytes one device has for arrays; None where JAX cannot tell (CPU)."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def warn_about_memory(config: Config, plan: sharding.Plan, device_bytes: int | None) -> None:
+    """Logs a warning if the estimated memory of a step is more than a device has, and which strategy would fit."""
+    needed = forecast.memory(config, plan).total
+    if device_bytes is None or needed <= device_bytes:
+        return
+    fitting = ", ".join(forecast.strategies_that_fit(config, jax.device_count(), device_bytes))
+    advice = f"sharding.strategy={fitting}" if fitting else "more devices, model.remat=full or accumulation_steps"
+    text = "%s needs about %.1f GiB per device, which has %.1f: it will probably run out of memory; try %s."
+    log.warning(text, plan.strategy, needed / 2**30, device_bytes / 2**30, advice)
+
+
 def device_kind() -> str:
     """Returns the vendor's name of the devices."""
     return jax.devices()[0].device_kind
@@ -96,6 +123,29 @@ def process_rows(batch_size: int) -> slice:
     """Returns which rows of a global batch this process reads: processes hold neighbouring rows."""
     share = batch_size // jax.process_count()
     return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+def batches_of(config: Config, corpus: data.Corpus) -> tuple[data.TrainBatches, data.ValidationBatches]:
+    """Returns this process's rows of the training and validation batches.
+
+    Raises:
+        UserError: there are too few tokens.
+    """
+    length = config.model.context_length
+    train = data.train_batches(
+        corpus.train_tokens,
+        batch_size=config.data.batch_size,
+        context_length=length,
+        seed=config.seed,
+        rows=process_rows(config.data.batch_size),
+    )
+    validation = data.validation_batches(
+        corpus.validation_tokens,
+        batch_size=config.eval.batch_size,
+        context_length=length,
+        rows=process_rows(config.eval.batch_size),
+    )
+    return train, validation
 
 
 class Clock:
@@ -133,30 +183,21 @@ class Trainer:
         folder: RunFolder,
         checkpointer: Checkpointer,
         preemption: Preemption,
+        peak_flops: float | None,
         *,
         quiet: bool,
     ):
         self.config, self.corpus, self.plan = config, corpus, plan
         self.folder, self.checkpointer, self.preemption = folder, checkpointer, preemption
+        self.peak_flops = peak_flops
         self.quiet = quiet or jax.process_index() > 0
         self.clock = Clock()
+        self.skips = 0  # non-finite steps in a row, up to the last one noted
         self.program = Program.of(config)
         self.hyper = hyperparameters(config)
         length = config.model.context_length
         self.batch_shape, self.eval_shape = (config.data.batch_size, length), (config.eval.batch_size, length)
-        self.batches = data.train_batches(
-            corpus.train_tokens,
-            batch_size=config.data.batch_size,
-            context_length=length,
-            seed=config.seed,
-            rows=process_rows(config.data.batch_size),
-        )
-        self.validation = data.validation_batches(
-            corpus.validation_tokens,
-            batch_size=config.eval.batch_size,
-            context_length=length,
-            rows=process_rows(config.eval.batch_size),
-        )
+        self.batches, self.validation = batches_of(config, corpus)
 
     def train(self) -> dict[str, Any]:
         """Trains from the newest checkpoint to the last step and returns the run's result."""
@@ -252,13 +293,13 @@ class Trainer:
             return
         step, metrics = unread
         with self.clock.measure("step"):
-            skips = int(metrics["skips"])
-        if skips or step % self.config.log.every == 0 or step == self.config.num_steps:
+            self.skips = int(metrics["skips"])
+        if self.skips or step % self.config.log.every == 0 or step == self.config.num_steps:
             with self.clock.measure("log"):
                 self.log(step, jax.device_get(metrics))
         with self.clock.measure("log"):
             self.folder.heartbeat(step)
-        if skips >= self.config.guard.max_skips:
+        if self.skips >= self.config.guard.max_skips:
             raise TooManySkipsError(step, {name: float(value) for name, value in metrics.items()})
 
     def log(self, step: int, row: dict[str, Any]) -> None:
@@ -271,9 +312,10 @@ class Trainer:
 
     def mfu(self, tokens_per_second: float) -> float | None:
         """Returns the share of the devices' peak FLOP/s that the model's own FLOPs use; None if the peak is unknown."""
-        peak = device_peak_flops(jax.devices()[0], self.config.model.dtype)
+        if self.peak_flops is None:
+            return None
         flops = 3 * transformer.flops_per_token(self.config.model)
-        return peak and tokens_per_second * flops / (peak * self.plan.num_devices)
+        return tokens_per_second * flops / (self.peak_flops * self.plan.num_devices)
 
     def evaluate_if_due(self, state: TrainState, step: int) -> None:
         """Writes the validation metrics of raw and averaged parameters, unless they are there already.
@@ -302,13 +344,15 @@ class Trainer:
         )
 
     def save_if_due(self, state: TrainState, step: int) -> None:
-        """Saves if a checkpoint is due.
+        """Saves if a checkpoint is due, but not between skipped steps.
+
+        Nothing is learned there, and those saves would push out the checkpoint that a roll-back needs.
 
         Raises:
             Preempted: the run was asked to stop, and has saved.
         """
         self.stop_if_asked(state, step)
-        if self.save_is_due(step):
+        if self.save_is_due(step) and (self.skips == 0 or step == self.config.num_steps):
             self.save(state, step)
         self.stop_if_asked(state, step)
 
