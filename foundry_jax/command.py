@@ -6,8 +6,20 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from foundry_jax.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are one line and exit code 1, like all others."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError, which `run` reports."""
+        raise UserError(f"{message}; see {self.prog} --help.")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:

@@ -15,10 +15,19 @@ from ml_collections import ConfigDict
 
 from foundry_jax.errors import UserError
 from foundry_jax.model.config import ModelConfig
-from foundry_jax.registry import unknown
+from foundry_jax.registry import lookup, unknown
 from foundry_jax.schema import build, coerce, require, require_range
 
-SCHEDULES = ("cosine", "linear", "wsd", "constant")
+SCHEDULES = {
+    "cosine": "half a cosine from the peak to the minimum",
+    "linear": "a straight line from the peak to the minimum",
+    "wsd": "warm-up, stable, linear decay over the last decay_fraction of the steps",
+    "constant": "the peak rate after warm-up",
+}
+OPTIMIZERS = {
+    "adamw": "Adam with decoupled weight decay",
+    "lion": "the sign of an interpolated momentum; wants a smaller rate",
+}
 SPLITS = ("document", "tail")
 STRATEGIES = ("auto", "none", "ddp", "fsdp")
 
@@ -69,9 +78,8 @@ class OptimizerConfig:
             self, "optimizer.", learning_rate=(0, 1e3), min_learning_rate=(0, 1e3), warmup_steps=(0, inf),
             decay_fraction=(0, 1), weight_decay=(0, inf), beta1=(0, 0.99999999), beta2=(0, 0.99999999),
             epsilon=(0, 1), clip_norm=(0, inf), ema_decay=(0, 0.99999999), accumulation_steps=(1, inf))  # fmt: skip
-        require(
-            self.schedule in SCHEDULES, f"optimizer.schedule={self.schedule!r} must be one of {', '.join(SCHEDULES)}."
-        )
+        lookup(SCHEDULES, self.schedule, "optimizer.schedule")
+        lookup(OPTIMIZERS, self.name, "optimizer.name")
 
 
 @dataclasses.dataclass(frozen=True)

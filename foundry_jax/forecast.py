@@ -11,6 +11,7 @@ import jax
 from foundry_jax import compilation, sharding
 from foundry_jax.config import Config
 from foundry_jax.model import transformer
+from foundry_jax.optimizer import NUM_MOMENTS
 from foundry_jax.sharding import Plan
 from foundry_jax.train_step import Program
 
@@ -51,7 +52,8 @@ def param_table(config: Config, plan: Plan) -> list[ParamRow]:
 def memory(config: Config, plan: Plan) -> sharding.MemoryEstimate:
     """Returns the estimated bytes per device of one training step."""
     micro_batch = config.data.batch_size // config.optimizer.accumulation_steps
-    return sharding.estimate_memory(config.model, transformer.num_params(config.model), plan, micro_batch)
+    num_params, slots = transformer.num_params(config.model), NUM_MOMENTS[config.optimizer.name]
+    return sharding.estimate_memory(config.model, num_params, plan, micro_batch, optimizer_slots=slots)
 
 
 def strategies_that_fit(config: Config, num_devices: int, device_bytes: int) -> dict[str, int]:

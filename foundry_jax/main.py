@@ -1,6 +1,7 @@
 """Trains one configuration: python -m foundry_jax.main --config=configs/tiny.py:mla,lr=3e-4"""
 
 import argparse
+import hashlib
 import json
 import pathlib
 import re
@@ -8,15 +9,16 @@ import sys
 
 from foundry_jax import command
 
+MAX_NAME_LENGTH = 120  # of a default run folder; file systems stop at 255 bytes
+
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the flags and the overrides ("optimizer.learning_rate=3e-4") of a command line."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m foundry_jax.main",
         description="Trains one configuration, or goes on where its run folder stopped.",
         epilog="Any config key can be set: --config.optimizer.learning_rate=3e-4. "
         "Exit codes: 0 done, 1 a mistake in what was asked, 75 stopped with a checkpoint.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", required=True, metavar="FILE[:MUTATIONS]", help="such as configs/tiny.py:mla,lr=3e-4"
@@ -33,7 +35,10 @@ def default_workdir(spec: str, overrides: list[str]) -> pathlib.Path:
     """Returns runs/<config name and everything that was changed>, so that the same command finds its run again."""
     path, _, argument = spec.partition(":")
     parts = [pathlib.Path(path).stem, *filter(None, [argument]), *overrides]
-    return pathlib.Path("runs") / re.sub(r"[^\w.=+-]+", "-", "-".join(parts))
+    name = re.sub(r"[^\w.=+-]+", "-", "-".join(parts))
+    if len(name) > MAX_NAME_LENGTH:
+        name = f"{name[:MAX_NAME_LENGTH]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return pathlib.Path("runs") / name
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ def hyperparameters(config: Config) -> Hyperparameters:
         "num_steps": config.num_steps,
         "learning_rate": o.learning_rate,
         "min_learning_rate": o.min_learning_rate,
-        "schedule": SCHEDULES.index(o.schedule),
+        "schedule": list(SCHEDULES).index(o.schedule),
         "warmup_steps": o.warmup_steps,
         "decay_fraction": o.decay_fraction,
         "weight_decay": o.weight_decay,
@@ -119,6 +119,7 @@ def _lion(h: Hyperparameters) -> optax.GradientTransformation:
 
 
 OPTIMIZERS: dict[str, Callable[[Hyperparameters], optax.GradientTransformation]] = {"adamw": _adamw, "lion": _lion}
+NUM_MOMENTS = {"adamw": 2, "lion": 1}  # copies of the parameters that the optimizer keeps
 
 
 def build(name: str, h: Hyperparameters, step: jax.Array, *, decay_embeddings: bool) -> optax.GradientTransformation:

@@ -24,7 +24,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     names = [field.name for field in dataclasses.fields(cls)]
     for name in values:
         if name not in names:
-            raise UserError(unknown(name, names, f"config key {where}{name}:".rstrip(":")))
+            raise UserError(unknown(f"{where}{name}", [f"{where}{known}" for known in names], "config key"))
     missing = [name for name in names if name not in values]
     if missing:
         raise UserError(f"Missing config key {where}{missing[0]}; configs/baseline.py has them all.")

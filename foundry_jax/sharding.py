@@ -195,7 +195,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model: ModelConfig, num_params: int, plan: Plan, batch_size: int, *, optimizer_slots: int = 2
+    model: ModelConfig, num_params: int, plan: Plan, batch_size: int, *, optimizer_slots: int
 ) -> MemoryEstimate:
     """Returns an estimate of bytes per device; accumulation is not counted, batch_size is one micro-batch.
 

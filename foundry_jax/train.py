@@ -1,5 +1,6 @@
 """The story of one run: data, plan, state, loop, result."""
 
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -52,7 +53,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
         if (result := read_result(folder.path)) is not None:
             log.info("%s is finished; delete it or use another --workdir to train again.", folder.path)
             return result
-        log.info("%s: %s parameters on %d x %s.", folder.path, f"{num_params:,}", plan.num_devices, device_kind())
+        log.info("%s: %s parameters on %d x %s.", workdir, f"{num_params:,}", plan.num_devices, device_kind())
         log.info("Sharding: %s, because %s.", plan.strategy, plan.reason)
         warn_about_memory(config, plan, device_memory())
         peak_flops = device_peak_flops(jax.local_devices()[0], config.model.dtype)  # on CPU measured, outside the mesh
@@ -244,7 +245,7 @@ class Trainer:
         The metrics of a step are read while the device works on the next, so that reading never makes it wait.
         """
         batches = self.batches.iterate(start, self.config.num_steps, self.folder.data_offset)
-        self.logged = (start, self.busy_seconds())
+        self.logged = collections.deque([(start, self.busy_seconds())], maxlen=10)
         unread = None
         while (item := self.next_batch(batches)) is not None:
             step, batch = item[0] + 1, item[1]  # from here on `step` counts finished steps
@@ -305,9 +306,10 @@ class Trainer:
     def log(self, step: int, row: dict[str, Any]) -> None:
         """Writes one row of training metrics and shows it."""
         self.writer.write(step, "train", row)
-        last_step, busy = self.logged
-        self.logged = (step, self.busy_seconds())
-        speed = (step - last_step) * math.prod(self.batch_shape) / max(self.logged[1] - busy, 1e-9)
+        # Over the last ten rows: at an evaluation two rows are written at once, and one interval says nothing.
+        self.logged.append((step, self.busy_seconds()))
+        (first_step, first), (_, now) = self.logged[0], self.logged[-1]
+        speed = (step - first_step) * math.prod(self.batch_shape) / max(now - first, 1e-9)
         self.progress.update(step, row | {"tokens_per_second": speed, "mfu": self.mfu(speed)})
 
     def mfu(self, tokens_per_second: float) -> float | None:

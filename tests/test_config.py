@@ -91,7 +91,11 @@ MISTAKES = [
     (TINY, ["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan must be a finite number between 0 and 1000"),
     (TINY, ["optimizer.learning_rate=-1"], "optimizer.learning_rate=-1.0 must be a finite number between 0 and 1000"),
     (TINY, ["optimizer.learning_rate=inf"], "optimizer.learning_rate=inf must be a finite number"),
-    (TINY, ["optimizer.schedule=step"], "optimizer.schedule='step' must be one of cosine, linear, wsd, constant"),
+    (
+        TINY,
+        ["optimizer.schedule=step"],
+        "Unknown optimizer.schedule 'step'. .*Choose from: constant, cosine, linear, wsd",
+    ),
     (TINY, ["optimizer.beta2=1"], "optimizer.beta2=1.0 must be a finite number between 0 and"),
     (TINY, ["optimizer.accumulation_steps=3"], "data.batch_size=16 must be a multiple of optimizer.accumulation_s"),
     (TINY, ["model.num_heads=5"], r"model.num_heads=5 must divide model.model_dim=128 .* \[1, 2, 4, 8, 16, 32, 64"),
@@ -118,7 +122,7 @@ def test_a_key_that_a_config_file_invents_is_refused(tmp_path):
         "def get_config(arg=''):\n"
         "    c = tiny.get_config()\n    c.model.unlock()\n    c.model.num_layer = 3\n    return c\n"
     )
-    with pytest.raises(UserError, match="Unknown config key model.num_layer 'num_layer'. Did you mean 'num_layers'"):
+    with pytest.raises(UserError, match="Unknown config key 'model.num_layer'. Did you mean 'model.num_layers'"):
         load(str(path))
 
 
@@ -164,8 +168,9 @@ def test_every_mutation_says_what_it_does(name):
     assert mutate.MUTATIONS[name].__doc__
 
 
-def test_every_key_of_the_baseline_is_explained_or_speaks_for_itself():
+def test_every_key_of_the_baseline_is_explained():
     lines = pathlib.Path("configs/baseline.py").read_text().splitlines()
     keys = [line for line in lines if line.strip().startswith("c.") and "ConfigDict()" not in line]
     assert len(keys) == len(to_flat_dict(load("configs/baseline.py")))
-    assert sum("#" in line for line in keys) >= 0.75 * len(keys)
+    bare = [line.strip() for line in lines if line.strip().startswith("c.") and "#" not in line]
+    assert [line for line in bare if "ConfigDict()" not in line] == []

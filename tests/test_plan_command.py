@@ -45,8 +45,8 @@ def test_it_says_what_fits_and_shows_the_collectives_of_the_compiled_step():
     ("arguments", "code", "message"),
     [
         (["--config=configs/smoke.py", "--devices=6", "--config.sharding.tensor=4"], 1, "needs 4 devices, but 6 are"),
-        (["--config=configs/smoke.py", "--devices=0"], 2, "--devices=0 must be 1 or more"),
-        (["--config=configs/smoke.py", "--deviecs=1"], 2, "unrecognized arguments: --deviecs=1"),
+        (["--config=configs/smoke.py", "--devices=0"], 1, "--devices=0 must be 1 or more"),
+        (["--config=configs/smoke.py", "--deviecs=1"], 1, "unrecognized arguments: --deviecs=1"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, code, message):

@@ -13,11 +13,10 @@ GIB = 1 << 30
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the flags and the overrides of a command line."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m foundry_jax.cli.plan",
         description="Prints the sharding strategy, the reason, and where every parameter would lie.",
         epilog="Any config key can be set, such as --config.sharding.fsdp=8.",
-        allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE[:MUTATIONS]")
     parser.add_argument("--devices", type=int, default=1, help="number of devices to plan for (default: 1)")
@@ -73,7 +72,7 @@ def show(report: dict[str, Any]) -> None:
     import rich.console
     import rich.table
 
-    console = rich.console.Console(soft_wrap=True, highlight=False)
+    console = rich.console.Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
     plan, memory = report["plan"], report["memory"]
     console.print(f"strategy: {plan['strategy']}, because {plan['reason']}")
     console.print(f"mesh: data={plan['data']} fsdp={plan['fsdp']} tensor={plan['tensor']}")

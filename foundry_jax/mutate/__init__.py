@@ -8,7 +8,7 @@ import inspect
 
 from ml_collections import ConfigDict
 
-from foundry_jax.config import set_values
+from foundry_jax.config import OPTIMIZERS, SCHEDULES, set_values
 from foundry_jax.errors import UserError
 from foundry_jax.mutate import architecture, training
 from foundry_jax.registry import lookup, unknown
@@ -32,8 +32,8 @@ MUTATIONS = {
 # A bare name in a config argument stands for "mutation=name"; a name may appear once only.
 VARIANTS = {
     "attention": architecture.ATTENTION_VARIANTS,
-    "schedule": training.SCHEDULE_VARIANTS,
-    "optimizer": training.OPTIMIZER_VARIANTS,
+    "schedule": SCHEDULES,
+    "optimizer": OPTIMIZERS,
 }
 
 

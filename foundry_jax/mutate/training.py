@@ -1,18 +1,8 @@
 """Mutations of the training recipe."""
 
+from foundry_jax.config import OPTIMIZERS, SCHEDULES
 from foundry_jax.errors import UserError
-from foundry_jax.registry import unknown
-
-SCHEDULE_VARIANTS = {
-    "cosine": "half a cosine from the peak to the minimum",
-    "linear": "a straight line from the peak to the minimum",
-    "wsd": "warm-up, stable, linear decay over the last decay_fraction of the steps",
-    "constant": "the peak rate after warm-up",
-}
-OPTIMIZER_VARIANTS = {
-    "adamw": "Adam with decoupled weight decay",
-    "lion": "the sign of an interpolated momentum",
-}
+from foundry_jax.registry import lookup
 
 
 def lr(config, peak: str):
@@ -30,15 +20,13 @@ def lr(config, peak: str):
 
 def schedule(config, name: str):
     """Shape of the learning rate over the run: cosine, linear, wsd or constant."""
-    if name not in SCHEDULE_VARIANTS:
-        raise UserError(unknown(name, SCHEDULE_VARIANTS, "schedule"))
+    lookup(SCHEDULES, name, "schedule")
     return {"optimizer.schedule": name}
 
 
 def optimizer(config, name: str):
     """The update rule: adamw or lion."""
-    if name not in OPTIMIZER_VARIANTS:
-        raise UserError(unknown(name, OPTIMIZER_VARIANTS, "optimizer"))
+    lookup(OPTIMIZERS, name, "optimizer")
     return {"optimizer.name": name}
 
 
