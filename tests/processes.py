@@ -6,7 +6,6 @@ As a module it is the child of such tests: foundry_jax.main with a hook, so that
     python -m tests.processes --poison=12:17 --config=...     # batches 12 to 16 of the data have weights of NaN
 """
 
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -132,8 +131,8 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> Comparison:
     arrays, other_arrays = _newest_arrays(one), _newest_arrays(other)
     mismatches = [f"{len(rows)} rows, {len(other_rows)} rows"] if len(rows) != len(other_rows) else []
     mismatches += [f"{a} != {b}" for a, b in zip(rows, other_rows, strict=False) if a != b]
-    mismatches += [f"{name} differs" for name in sorted(arrays.keys() | other_arrays.keys())
-                   if arrays.get(name) != other_arrays.get(name)]  # fmt: skip
+    names = sorted(arrays.keys() | other_arrays.keys())
+    mismatches += [f"{name} differs" for name in names if arrays.get(name) != other_arrays.get(name)]
     return Comparison(len(rows), len(arrays), mismatches)
 
 
@@ -164,45 +163,85 @@ def _bits(row: dict) -> dict:
     return {name: np.float64(x).tobytes().hex() if isinstance(x, float) else x for name, x in row.items()}
 
 
-def pause_in(phase: str, number: int = 0) -> None:
-    """Makes this process stay in a phase ("compile", "step", "eval" or "save"), the number-th time, until a signal.
+class Pause:
+    """Keeps this process in a phase, the number-th time that it comes there, until a signal arrives.
 
-    A pause in "save" holds up the thread that writes, while training goes on: nothing else lasts long enough.
+    A pause in "save" holds up the thread that writes, while training goes on: as long saves do.
     """
-    arrived = []
-    note = Preemption._note
 
-    def note_and_go_on(self, signal_number, frame):
-        note(self, signal_number, frame)
-        arrived.append(signal_number)
+    def __init__(self, phase: str, number: int):
+        """Patches the library: phase is compile, step, eval or save."""
+        self.signalled, self.calls, self.number = False, 0, number
+        Preemption._note = self.noting(Preemption._note)
+        if phase == "compile":
+            compilation.compile_train_step = self.pausing(compilation.compile_train_step)
+        elif phase == "save":
+            checkpoint.Checkpointer._finish = self.pausing(checkpoint.Checkpointer._finish)
+        else:
+            name = {"step": "compile_train_step", "eval": "compile_eval_step"}[phase]
+            compiler = getattr(compilation, name)
+            setattr(compilation, name, lambda *inputs: self.pausing(compiler(*inputs)))
 
-    def pausing(function):
-        calls = []
+    def noting(self, note: Callable) -> Callable:
+        """Returns the library's signal handler, and remembers that it was called."""
 
-        def called(*arguments):
-            result = None if phase == "compile" or phase == "save" else function(*arguments)
-            calls.append(1)
-            if len(calls) == number + 1:
+        def noting(preemption, number, frame):
+            note(preemption, number, frame)
+            self.signalled = True
+
+        return noting
+
+    def pausing(self, function: Callable) -> Callable:
+        """Returns the function with the pause before it."""
+
+        def pausing(*arguments):
+            if self.calls == self.number:
                 print("phase reached", file=sys.stderr, flush=True)
                 deadline = time.monotonic() + TIMEOUT
-                while not arrived and time.monotonic() < deadline:
+                while not self.signalled and time.monotonic() < deadline:
                     time.sleep(0.005)
-            return function(*arguments) if phase == "compile" or phase == "save" else result
+            self.calls += 1
+            return function(*arguments)
 
-        return called
+        return pausing
 
-    Preemption._note = note_and_go_on
-    if phase == "compile":
-        compilation.compile_train_step = pausing(compilation.compile_train_step)
-    elif phase == "step":
-        compile_train_step = compilation.compile_train_step
-        compilation.compile_train_step = lambda *inputs: _once(pausing, compile_train_step(*inputs))
-    elif phase == "eval":
-        compile_eval_step, counted = compilation.compile_eval_step, []
-        compilation.compile_eval_step = lambda *inputs: (
-            counted or counted.append(pausing(compile_eval_step(*inputs))) or counted
-        )[0]
-    elif phase == "save":
-        checkpoint.Checkpointer._finish = pausing(checkpoint.Checkpointer._finish)
-    else:
-        raise ValueError(phase)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PoisonedBatches(data.TrainBatches):
+    """Training batches of which some have weights of NaN, and so a loss of NaN."""
+
+    poisoned: range = range(0)
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        batch = super().batch(step)
+        if step in self.poisoned:
+            batch["weights"] = np.full_like(batch["weights"], np.nan)
+        return batch
+
+
+def poison(batches: range) -> Callable:
+    """Returns data.train_batches with these batches poisoned, counted along the data, not by training step."""
+    train_batches = data.train_batches
+
+    def poisoned(*arguments, **options):
+        clean = train_batches(*arguments, **options)
+        fields = {field.name: getattr(clean, field.name) for field in dataclasses.fields(clean)}
+        return PoisonedBatches(**fields, poisoned=batches)
+
+    return poisoned
+
+
+def _child() -> None:
+    """Takes its own flags out of the command line, then is foundry_jax.main."""
+    while sys.argv[1].startswith(("--pause=", "--poison=")):
+        flag, _, value = sys.argv.pop(1).partition("=")
+        first, _, second = value.partition(":")
+        if flag == "--pause":
+            Pause(first, int(second or 0))
+        else:
+            data.train_batches = poison(range(int(first), int(second)))
+    main.main()
+
+
+if __name__ == "__main__":
+    command.run(_child)
