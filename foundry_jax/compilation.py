@@ -10,7 +10,11 @@ import numpy as np
 
 from foundry_jax.optimizer import abstract_hyperparameters
 from foundry_jax.sharding import Plan
-from foundry_jax.train_step import Program, eval_step, init_state, train_step, unbox, unboxed_init
+from foundry_jax.train_step import Program, eval_step, init_state, train_step, unbox
+
+# LLVM level 2 instead of 3: programs compile in 0.64 of the time and run as fast (configs/tiny.py: 3.4 s against 5.2;
+# a step 0.22 s against 0.23 s; 2 cores, jax 0.10.2, 2026-11).
+CPU_OPTIONS = {"xla_backend_optimization_level": 2}
 
 _EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -39,6 +43,16 @@ def counts() -> dict[str, int]:
     return dict(_counts)
 
 
+@functools.lru_cache(maxsize=8)
+def _boxed_init(program: Program):
+    """Returns init_state as one jitted function, so that it is traced once for its shapes and for its program."""
+    return jax.jit(functools.partial(init_state, program))
+
+
+def _options() -> dict[str, int] | None:
+    return CPU_OPTIONS if jax.default_backend() == "cpu" else None
+
+
 def _count_event(event: str, **_: object) -> None:
     if event in _EVENTS:
         _counts[_EVENTS[event]] += 1
@@ -54,7 +68,8 @@ def compile_init(program: Program, plan: Plan):
     """Returns the compiled hyperparameters -> state at step 0. Call it within plan.context()."""
     state, _, hyper = abstract_inputs(program, plan, (1, 1))
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(functools.partial(unboxed_init, program), out_shardings=shardings).lower(hyper).compile()
+    init = jax.jit(lambda hyper: unbox(_boxed_init(program)(hyper)), out_shardings=shardings)
+    return init.lower(hyper).compile(_options())
 
 
 @functools.lru_cache(maxsize=8)
@@ -66,21 +81,21 @@ def compile_train_step(program: Program, plan: Plan, batch_shape: tuple[int, int
     state, batch, hyper = abstract_inputs(program, plan, batch_shape)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(functools.partial(train_step, program), donate_argnums=0, out_shardings=(shardings, None))
-    return step.lower(state, batch, hyper).compile()
+    return step.lower(state, batch, hyper).compile(_options())
 
 
 @functools.lru_cache(maxsize=8)
 def compile_eval_step(program: Program, plan: Plan, batch_shape: tuple[int, int]):
     """Returns the compiled (parameters, batch) -> (sum of nats, number of targets). Call it within plan.context()."""
     state, batch, _ = abstract_inputs(program, plan, batch_shape)
-    return jax.jit(functools.partial(eval_step, program)).lower(state.params, batch).compile()
+    return jax.jit(functools.partial(eval_step, program)).lower(state.params, batch).compile(_options())
 
 
 @functools.lru_cache(maxsize=8)
 def abstract_inputs(program: Program, plan: Plan, batch_shape: tuple[int, int]):
     """Returns (state, batch, hyperparameters) as ShapeDtypeStructs laid out by the plan."""
     hyper = abstract_hyperparameters()
-    boxed = jax.eval_shape(functools.partial(init_state, program), hyper)
+    boxed = jax.eval_shape(_boxed_init(program), hyper)
     state = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         unbox(boxed),

@@ -56,13 +56,12 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
         log.info("%s: %s parameters on %d x %s.", workdir, f"{num_params:,}", plan.num_devices, device_kind())
         log.info("Sharding: %s, because %s.", plan.strategy, plan.reason)
         warn_about_memory(config, plan, device_memory())
-        peak_flops = device_peak_flops(jax.local_devices()[0], config.model.dtype)  # on CPU measured, outside the mesh
         keep = config.checkpoint
         with (
             plan.context(),
             Checkpointer(folder.checkpoints, keep_latest=keep.keep_latest, keep_best=keep.keep_best) as checkpointer,
         ):
-            return Trainer(config, corpus, plan, folder, checkpointer, preemption, peak_flops, quiet=quiet).train()
+            return Trainer(config, corpus, plan, folder, checkpointer, preemption, quiet=quiet).train()
 
 
 def with_vocabulary(config: Config, vocab_size: int) -> Config:
@@ -184,13 +183,11 @@ class Trainer:
         folder: RunFolder,
         checkpointer: Checkpointer,
         preemption: Preemption,
-        peak_flops: float | None,
         *,
         quiet: bool,
     ):
         self.config, self.corpus, self.plan = config, corpus, plan
         self.folder, self.checkpointer, self.preemption = folder, checkpointer, preemption
-        self.peak_flops = peak_flops
         self.quiet = quiet or jax.process_index() > 0
         self.clock = Clock()
         self.skips = 0  # non-finite steps in a row, up to the last one noted
@@ -314,10 +311,9 @@ class Trainer:
 
     def mfu(self, tokens_per_second: float) -> float | None:
         """Returns the share of the devices' peak FLOP/s that the model's own FLOPs use; None if the peak is unknown."""
-        if self.peak_flops is None:
-            return None
+        peak = device_peak_flops(jax.local_devices()[0], self.config.model.dtype)
         flops = 3 * transformer.flops_per_token(self.config.model)
-        return tokens_per_second * flops / (self.peak_flops * self.plan.num_devices)
+        return None if peak is None else tokens_per_second * flops / (peak * self.plan.num_devices)
 
     def evaluate_if_due(self, state: TrainState, step: int) -> None:
         """Writes the validation metrics of raw and averaged parameters, unless they are there already.

@@ -64,17 +64,12 @@ class TrainState:
 
 
 def init_state(program: Program, hyper: Hyperparameters) -> TrainState:
-    """Returns the state at step 0, its parameters boxed with their logical axis names (see unboxed_init)."""
+    """Returns the state at step 0, its parameters boxed with their logical axis names (see unbox)."""
     key = jax.random.fold_in(jax.random.key(hyper.seed), 0)
     params = init_params(program.model, key)
     zero = jnp.zeros((), jnp.int32)
     opt_state = _optimizer(program, hyper, zero).init(params)
     return TrainState(zero, params, opt_state, jax.tree.map(jnp.copy, params), zero, zero)
-
-
-def unboxed_init(program: Program, hyper: Hyperparameters) -> TrainState:
-    """Returns init_state as plain arrays."""
-    return unbox(init_state(program, hyper))
 
 
 def unbox(tree):

@@ -13,7 +13,7 @@ from foundry_jax.config import load
 from foundry_jax.losses import LOSSES
 from foundry_jax.model.transformer import unstack_layers
 from foundry_jax.optimizer import OPTIMIZERS, hyperparameters
-from foundry_jax.train_step import Program, eval_step, noise_scale, train_step, unboxed_init
+from foundry_jax.train_step import Program, eval_step, init_state, noise_scale, train_step, unbox
 from tests.variants import VOCAB, tiny
 
 ROWS, LENGTH = 4, 8
@@ -38,7 +38,7 @@ def step_of(program):
 
 @functools.cache
 def init_of(program):
-    return jax.jit(functools.partial(unboxed_init, program))
+    return jax.jit(lambda hyper: unbox(init_state(program, hyper)))
 
 
 def begin(config):
