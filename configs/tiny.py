@@ -1,6 +1,8 @@
 """The baseline's architecture, small enough to train while you wait.
 
 python -m foundry_jax.main --config=configs/tiny.py          # or :mla, :gqa_1kv,lr=3e-4, ...
+
+On 2 CPU cores: 80 s, compilation included; 4.636 nats per token, 2.120 bits per byte (Python 3.11's library).
 """
 
 from ml_collections import ConfigDict

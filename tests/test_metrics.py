@@ -372,17 +372,30 @@ def test_peak_flops_follow_the_device_kind_and_dtype(kind, half, full):
     assert (device_peak_flops(device, jnp.bfloat16), device_peak_flops(device, jnp.float32)) == (half, full)
 
 
-def test_peak_flops_of_a_cpu_are_what_a_matmul_of_another_size_reaches():
+def test_peak_flops_of_a_cpu_are_measured_once():
     device = jax.devices("cpu")[0]
-    peak = device_peak_flops(device, jnp.float32)
-    assert device_peak_flops(device, np.float32) == peak  # measured once
+    assert device_peak_flops(device, jnp.float32) == device_peak_flops(device, np.float32)
+
+
+def matmul_flops(size):
+    """Returns the best FLOP/s per device of ten of XLA's matrix products."""
     matmul = jax.jit(lambda x_NN: x_NN @ x_NN)
-    x_NN = jnp.ones((768, 768))
+    x_NN = jnp.ones((size, size))
     matmul(x_NN).block_until_ready()
     best = math.inf
     for _ in range(10):
         start = metrics.time.perf_counter()
         matmul(x_NN).block_until_ready()
         best = min(best, metrics.time.perf_counter() - start)
-    reached = 2 * 768**3 / best / len(jax.devices("cpu"))
-    assert 0.2 < peak / reached < 5  # other work shares these cores
+    return 2 * size**3 / best / len(jax.devices("cpu"))
+
+
+def test_peak_flops_of_a_cpu_are_what_xlas_matmul_of_another_size_reaches():
+    """Other tests share these cores, and a tenth of a second may fall to them whole: one of 20 attempts must agree."""
+    ratios = []
+    for _ in range(20):
+        metrics._measured_flops.cache_clear()
+        ratios.append(device_peak_flops(jax.devices("cpu")[0], jnp.float32) / matmul_flops(768))
+        if 0.2 < ratios[-1] < 5:
+            return
+    pytest.fail(f"peak / reached was {ratios}")
