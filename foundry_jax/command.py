@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from foundry_jax.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted, UserError
+from foundry_jax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +45,7 @@ def restart_with_huge_pages() -> None:
 
 
 def run(command: Callable[[], None]) -> None:
-    """Runs a command and exits: 0 done, 1 the user's mistake in one line, 75 preempted with a checkpoint."""
+    """Runs a command and exits: 0 done, 1 a mistake of the user in one line, 75 preempted and saved, 130 Ctrl-C."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("foundry_jax").setLevel(logging.INFO)  # other packages only warn
     try:
@@ -53,6 +53,9 @@ def run(command: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:  # a second Ctrl-C, or one before there is anything to save
+        print("interrupted: nothing was saved since the last checkpoint", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     except Preempted as stop:
         print(f"preempted: {stop}", file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)

@@ -2,6 +2,7 @@
 
 EXIT_DONE = 0
 EXIT_USER_ERROR = 1
+EXIT_INTERRUPTED = 130  # as shells say it of SIGINT
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a checkpoint is on disk, run the same command again
 
 
