@@ -35,7 +35,8 @@ def restart_with_huge_pages() -> None:
     """Restarts this process so that large arrays lie on huge pages, where Linux offers that on request.
 
     XLA:CPU takes fresh memory for every step; mapping it in pages of 4 KiB costs 40,000 page faults a step on
-    configs/tiny.py. With huge pages a step takes 0.77 of the time there, 0.84 on the baseline (2 cores, 2026-11).
+    configs/tiny.py. With huge pages a step takes 0.77 and 0.80 of the time there, 0.86 and 0.97 on the baseline
+    with batch 8 (two runs, 2 cores, 2026-11).
     glibc reads the setting before Python starts, hence the restart. GLIBC_TUNABLES set by the user is left alone.
     """
     switch = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
