@@ -2,7 +2,7 @@
 
     python -m foundry_jax.main --config=configs/baseline.py          # or :mla, :gqa_1kv,lr=3e-4, ...
 
-12.6 M parameters. A step takes 10 to 14 s on 2 CPU cores: meant for one GPU or more, and not yet measured there.
+12.6 M parameters. A step takes 13 s on 2 CPU cores: meant for one GPU or more, and not yet measured there.
 Every key there is stands here, with a comment; all other configs change some of these values.
 """
 
