@@ -33,11 +33,21 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.qk_nope_head_dim = 32  # MLA: query/key dims without position, per head
     c.model.qk_rope_head_dim = 32  # MLA: query/key dims with rotary position, per head
     c.model.v_head_dim = 64  # MLA: value dims per head
-    c.model.mlp = "swiglu"  # swiglu
-    c.model.norm = "rmsnorm"  # rmsnorm
+    c.model.bias = "none"  # none, qkv, attention (and its output), all (and the MLP)
+    c.model.qk_norm = "none"  # a norm of queries and keys: none, head (each head), whole (all heads at once)
+    c.model.attention_softcap = 0.0  # logits become cap * tanh(logits / cap); 0: no cap
+    c.model.pattern = "L"  # one letter a layer, repeated: L full, S sliding window, P sparse
+    c.model.window = 64  # tokens that an S layer sees, the current one included
+    c.model.sparse = "strided(stride=16)"  # what P layers see: strided(stride=16), fixed(stride=16, summary=4)
+    c.model.mlp = "swiglu"  # swiglu, geglu, geglu_tanh, glu; without a gate: gelu, gelu_tanh, relu2
+    c.model.moe = "none"  # experts instead of MLPs: none, softmax(experts=8, top_k=2), sigmoid(experts=8, top_k=2), ...
+    c.model.norm = "rmsnorm"  # rmsnorm, layernorm, layernorm_nobias
     c.model.norm_epsilon = 1e-5  # added to the mean square
-    c.model.position = "rope"  # rope
+    c.model.norm_placement = "pre"  # pre x + f(norm(x)), post x + norm(f(x)), sandwich x + norm(f(norm(x)))
+    c.model.position = "rope"  # rope, alibi, learned, none
     c.model.rope_theta = 10000.0  # longest wavelength of the rotary embedding / 2 pi
+    c.model.rope_scaling = "none"  # none, linear(factor=4), llama3(factor=8, ...), yarn(factor=40, ...)
+    c.model.embedding = "plain"  # plain, scaled (times the root of model_dim), normed (a norm follows)
     c.model.tie_embeddings = True  # the output matrix is the embedding
     c.model.dropout = 0.0  # after the embedding, the attention and the MLP
     c.model.dtype = "float32"  # of matmuls; parameters, softmax and loss are always float32
@@ -52,7 +62,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.vocab_size = 8192  # of a fitted BPE tokenizer
     c.data.split = "document"  # document: by hash of its name; tail: the end of the text (nanoGPT)
     c.data.validation_fraction = 0.05  # share of the documents, or of the text, that is never trained on
-    c.data.batch_size = 64  # sequences per optimizer step, over all devices
+    c.data.batch_size = 64  # sequences, or pairs, per optimizer step, over all devices
+    c.data.preferences = ""  # for dpo and ipo: a JSONL file with the fields prompt, chosen, rejected
     c.data.cache_dir = ""  # token cache; empty: $FOUNDRY_CACHE or ~/.cache/foundry_jax
 
     c.optimizer = ConfigDict()
@@ -72,9 +83,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.accumulation_steps = 1  # micro-batches per step; 2 or more also measure the gradient noise scale
 
     c.loss = ConfigDict()
-    c.loss.name = "cross_entropy"  # cross_entropy
-    c.loss.label_smoothing = 0.0  # probability spread evenly over the vocabulary
+    c.loss.name = "cross_entropy"  # cross_entropy, focal; on pairs of completions: dpo, ipo
+    c.loss.label_smoothing = 0.0  # probability spread over the vocabulary; dpo: share of pairs the wrong way round
     c.loss.z_loss = 0.0  # weight of logsumexp(logits)^2
+    c.loss.focal_gamma = 2.0  # focal: (1 - p)^gamma weighs a token; 0: cross-entropy
+    c.loss.dpo_beta = 0.1  # dpo, ipo: how dear it is to leave the reference
 
     c.sharding = ConfigDict()
     c.sharding.strategy = "auto"  # auto, none, ddp, fsdp

@@ -21,6 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.model_dim = 128
     c.model.num_heads = 4
     c.model.num_kv_heads = 2
+    c.model.window = 32
     c.model.kv_lora_rank = 48
     c.model.qk_nope_head_dim = 16
     c.model.qk_rope_head_dim = 16

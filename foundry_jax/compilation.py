@@ -10,7 +10,7 @@ import numpy as np
 
 from foundry_jax.optimizer import abstract_hyperparameters
 from foundry_jax.sharding import Plan
-from foundry_jax.train_step import Program, eval_step, init_state, train_step, unbox
+from foundry_jax.train_step import Program, eval_step, init_state, reference_step, train_step, unbox
 
 # LLVM level 2 instead of 3: programs compile in 0.64 of the time and run as fast (configs/tiny.py: 3.4 s against 5.2;
 # a step 0.22 s against 0.23 s; 2 cores, jax 0.10.2, 2026-11).
@@ -73,7 +73,7 @@ def compile_init(program: Program, plan: Plan):
 
 
 @functools.lru_cache(maxsize=8)
-def compile_train_step(program: Program, plan: Plan, batch_shape: tuple[int, int]):
+def compile_train_step(program: Program, plan: Plan, batch_shape: tuple[int, ...]):
     """Returns the compiled step (state, batch, hyperparameters) -> (state, metrics); the state is donated.
 
     Equal programs share one executable, whatever their hyperparameters. Call it within plan.context().
@@ -85,15 +85,28 @@ def compile_train_step(program: Program, plan: Plan, batch_shape: tuple[int, int
 
 
 @functools.lru_cache(maxsize=8)
-def compile_eval_step(program: Program, plan: Plan, batch_shape: tuple[int, int]):
+def compile_eval_step(program: Program, plan: Plan, batch_shape: tuple[int, ...]):
     """Returns the compiled (parameters, batch) -> (sum of nats, number of targets). Call it within plan.context()."""
     state, batch, _ = abstract_inputs(program, plan, batch_shape)
     return jax.jit(functools.partial(eval_step, program)).lower(state.params, batch).compile(_options())
 
 
 @functools.lru_cache(maxsize=8)
-def abstract_inputs(program: Program, plan: Plan, batch_shape: tuple[int, int]):
-    """Returns (state, batch, hyperparameters) as ShapeDtypeStructs laid out by the plan."""
+def compile_reference_step(program: Program, plan: Plan, batch_shape: tuple[int, ...]):
+    """Returns the compiled (parameters, batch of pairs) -> log-probabilities [P, 2], whole on every device."""
+    state, batch, _ = abstract_inputs(program, plan, batch_shape)
+    batch = {name: x for name, x in batch.items() if name != "reference"}  # this is what makes it
+    everywhere = plan.shardings(jax.ShapeDtypeStruct((), np.float32))
+    step = jax.jit(functools.partial(reference_step, program), out_shardings=everywhere)
+    return step.lower(state.params, batch).compile(_options())
+
+
+@functools.lru_cache(maxsize=8)
+def abstract_inputs(program: Program, plan: Plan, batch_shape: tuple[int, ...]):
+    """Returns (state, batch, hyperparameters) as ShapeDtypeStructs laid out by the plan.
+
+    A batch is of sequences (B, L), or of pairs (P, 2, L): see data/preferences.py.
+    """
     hyper = abstract_hyperparameters()
     boxed = jax.eval_shape(_boxed_init(program), hyper)
     state = jax.tree.map(
@@ -101,6 +114,10 @@ def abstract_inputs(program: Program, plan: Plan, batch_shape: tuple[int, int]):
         unbox(boxed),
         plan.shardings(boxed),
     )
-    dtypes = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
-    where = plan.batch_sharding()
-    return state, {k: jax.ShapeDtypeStruct(batch_shape, t, sharding=where) for k, t in dtypes.items()}, hyper
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=plan.batch_sharding())
+    batch = {"inputs": array(batch_shape, np.int32), "targets": array(batch_shape, np.int32)}
+    batch["weights"] = array(batch_shape, np.float32)
+    if len(batch_shape) == 3:
+        batch["positions"] = array(batch_shape, np.int32)
+        batch["reference"] = array(batch_shape[:2], np.float32)
+    return state, batch, hyper

@@ -28,6 +28,17 @@ OPTIMIZERS = {
     "adamw": "Adam with decoupled weight decay",
     "lion": "the sign of an interpolated momentum; wants a smaller rate",
 }
+TOKEN_LOSSES = {
+    "cross_entropy": "-log p of each token, with label smoothing and z-loss if asked for",
+    "focal": "cross-entropy that weighs a token the less the better it is predicted; Lin et al. 2017, 1708.02002",
+}
+PAIR_LOSSES = {
+    "dpo": "direct preference optimization on pairs of completions; Rafailov et al. 2023, 2305.18290",
+    "ipo": "preference optimization towards a fixed margin per token; Azar et al. 2023, 2310.12036",
+}
+LOSSES = TOKEN_LOSSES | PAIR_LOSSES
+# Which losses have which numbers; each is 0 for the others.
+LOSS_NUMBERS = {"label_smoothing": ("cross_entropy", "dpo"), "z_loss": ("cross_entropy", "focal")}
 SPLITS = ("document", "tail")
 STRATEGIES = ("auto", "none", "ddp", "fsdp")
 
@@ -44,6 +55,7 @@ class DataConfig:
     split: str
     validation_fraction: float
     batch_size: int
+    preferences: str
     cache_dir: str
 
     def __post_init__(self):
@@ -84,14 +96,32 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The training loss. Validation is always plain cross-entropy."""
+    """The training loss, its numbers traced. Validation is always plain cross-entropy."""
 
     name: str
     label_smoothing: float
     z_loss: float
+    focal_gamma: float
+    dpo_beta: float
 
     def __post_init__(self):
-        require_range(self, "loss.", label_smoothing=(0, 0.999), z_loss=(0, math.inf))
+        inf = math.inf
+        require_range(
+            self, "loss.", label_smoothing=(0, 0.999), z_loss=(0, inf), focal_gamma=(0, inf), dpo_beta=(1e-6, inf)
+        )
+        lookup(LOSSES, self.name, "loss.name")
+        for number, names in LOSS_NUMBERS.items():
+            value = getattr(self, number)
+            require(
+                self.name in names or value == 0,
+                f"{self.name} has no {number.replace('_', ' ')}: set loss.{number} to 0, not {value:g}, or loss.name "
+                f"to {' or '.join(names)}.",
+            )
+        require(
+            self.name != "dpo" or self.label_smoothing < 0.5,
+            f"loss.label_smoothing={self.label_smoothing:g} must be less than 0.5 with loss.name=dpo: it is the share "
+            f"of pairs that are taken to be the wrong way round.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +218,23 @@ class Config:
             f"data.batch_size={self.data.batch_size} must be a multiple of "
             f"optimizer.accumulation_steps={self.optimizer.accumulation_steps}.",
         )
+        pairs, path = self.loss.name in PAIR_LOSSES, self.data.preferences
+        require(
+            bool(path) or not pairs,
+            f"loss.name={self.loss.name} learns from pairs of completions: set data.preferences to a JSONL file with "
+            f"the fields prompt, chosen and rejected, or loss.name to {' or '.join(TOKEN_LOSSES)}.",
+        )
+        require(
+            pairs or not path,
+            f"data.preferences={path!r} is not used by loss.name={self.loss.name}: set loss.name to "
+            f"{' or '.join(PAIR_LOSSES)}, or data.preferences to nothing.",
+        )
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of a training batch: (sequences, tokens), or (pairs, 2, tokens): chosen and rejected."""
+        rows = (self.data.batch_size, 2) if self.loss.name in PAIR_LOSSES else (self.data.batch_size,)
+        return (*rows, self.model.context_length)
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> Config:

@@ -11,6 +11,7 @@ import optax
 
 from foundry_jax.config import SCHEDULES, Config
 from foundry_jax.losses import LossScales
+from foundry_jax.model.mlp.moe import moe_of
 from foundry_jax.registry import lookup
 
 
@@ -32,15 +33,19 @@ class Hyperparameters:
     clip_norm: jax.Array
     ema_decay: jax.Array
     dropout: jax.Array
+    load_balance: jax.Array  # weight of the routers' load-balance loss
+    router_z: jax.Array  # weight of the routers' z-loss
+    router_bias_rate: jax.Array  # how far a balancing bias moves a step
     loss: LossScales
 
 
+LOSS_SCALES = [field.name for field in dataclasses.fields(LossScales)]  # each is a key of the config's section loss
 _INTEGERS = frozenset({"seed", "num_steps", "schedule", "warmup_steps"})
 
 
 def hyperparameters(config: Config) -> Hyperparameters:
     """Returns the traced inputs of the step as numpy scalars (int32 and float32)."""
-    o = config.optimizer
+    o, moe = config.optimizer, moe_of(config.model)
     numbers = {
         "seed": config.seed,
         "num_steps": config.num_steps,
@@ -56,8 +61,11 @@ def hyperparameters(config: Config) -> Hyperparameters:
         "clip_norm": o.clip_norm,
         "ema_decay": o.ema_decay,
         "dropout": config.model.dropout,
+        "load_balance": moe.balance if moe else 0.0,
+        "router_z": moe.z if moe else 0.0,
+        "router_bias_rate": moe.bias_rate if moe else 0.0,
     }
-    loss = LossScales(np.float32(config.loss.label_smoothing), np.float32(config.loss.z_loss))
+    loss = LossScales(**{name: np.float32(getattr(config.loss, name)) for name in LOSS_SCALES})
     return Hyperparameters(loss=loss, **{name: _dtype(name)(number) for name, number in numbers.items()})
 
 
@@ -65,9 +73,8 @@ def abstract_hyperparameters() -> Hyperparameters:
     """Returns the shapes and dtypes of `hyperparameters`, which are the same for every config."""
     names = [field.name for field in dataclasses.fields(Hyperparameters) if field.name != "loss"]
     number = jax.ShapeDtypeStruct((), np.float32)
-    return Hyperparameters(
-        loss=LossScales(number, number), **{name: jax.ShapeDtypeStruct((), _dtype(name)) for name in names}
-    )
+    loss = LossScales(**dict.fromkeys(LOSS_SCALES, number))
+    return Hyperparameters(loss=loss, **{name: jax.ShapeDtypeStruct((), _dtype(name)) for name in names})
 
 
 def _dtype(name: str) -> type:

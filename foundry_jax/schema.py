@@ -1,5 +1,6 @@
 """Typed construction of frozen dataclasses from untyped mappings, with one-line errors."""
 
+import ast
 import dataclasses
 import math
 import typing
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from foundry_jax.errors import UserError
-from foundry_jax.registry import unknown
+from foundry_jax.registry import lookup, unknown
 
 T = TypeVar("T")
 
@@ -38,6 +39,50 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         else:
             coerced[name] = coerce(values[name], types[name], dotted)
     return cls(**coerced)
+
+
+def variant(text: str, table: Mapping[str, type | None], what: str) -> Any:
+    """Returns what a call such as "yarn(factor=4, original_length=2048)" stands for: table["yarn"](**numbers).
+
+    Each class of the table is a frozen dataclass, whose fields are the numbers of its variant; a name alone takes all
+    defaults, and numbers without a name come in the order of the fields. None in the table means there is nothing to
+    say: "none" gives None.
+
+    Raises:
+        UserError: an unknown name or number, a wrong type, or text that is no such call.
+    """
+    name, positional, named = _parse_call(text, what)
+    cls = lookup(table, name, what)
+    fields = {field.name: field.default for field in dataclasses.fields(cls)} if cls else {}
+    require(
+        len(positional) <= len(fields),
+        f"{what}={text!r} has {len(positional)} numbers, but {name} takes {len(fields)}: {_call(name, fields)}.",
+    )
+    given = dict(zip(fields, positional, strict=False))
+    for key in named:
+        if key not in fields:
+            raise UserError(unknown(key, fields, f"number of {what}={name}"))
+        require(key not in given, f"{what}={text!r} gives {key} twice; write {_call(name, fields)}.")
+    return build(cls, fields | given | named, f"{what}={name}: ") if cls else None
+
+
+def _parse_call(text: str, what: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """Returns (name, numbers without a name, numbers by name) of "name" or "name(1, key=2)"."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if isinstance(call, ast.Name):
+            return call.id, [], {}
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and all(k.arg for k in call.keywords):
+            named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+            return call.func.id, [ast.literal_eval(value) for value in call.args], named
+    except (SyntaxError, ValueError):
+        pass
+    raise UserError(f"{what}={text!r} must be a name, or a name with numbers such as name(key=2, other=0.5).")
+
+
+def _call(name: str, fields: Mapping[str, Any]) -> str:
+    inner = ", ".join(f"{key}={value}" for key, value in fields.items())
+    return f"{name}({inner})" if inner else name
 
 
 def coerce(value: Any, kind: type, dotted: str) -> Any:

@@ -17,7 +17,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from foundry_jax.config import ShardingConfig
 from foundry_jax.errors import UserError
+from foundry_jax.model import transformer
 from foundry_jax.model.config import ModelConfig
+from foundry_jax.model.mlp.moe import moe_of
 from foundry_jax.registry import unknown
 from foundry_jax.schema import require
 
@@ -25,10 +27,13 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 PARAM_RULES = {
     "vocab": "tensor",
+    "position": None,
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
+    "qk_norm": None,
+    "experts": None,
     "mlp": "tensor",
     "q_lora": "fsdp",
     "kv_lora": "fsdp",
@@ -217,8 +222,11 @@ def estimate_memory(
 def _activation_bytes(m: ModelConfig, tokens: int, tensor: int) -> int:
     width = 2 if m.dtype == "bfloat16" else 4
     qkv = m.head_dim * (m.num_heads + 2 * m.num_kv_heads)
-    inner = (qkv + 2 * m.mlp_dim) // tensor
-    probabilities = m.num_heads * m.context_length * 4 // tensor  # float32, and not kept by a fused GPU kernel
+    moe = moe_of(m)
+    mlp_dim = moe.width(m.mlp_dim) * (moe.top_k + moe.shared) if moe else m.mlp_dim
+    inner = (qkv + 2 * mlp_dim) // tensor
+    # float32, and not kept by a fused GPU kernel
+    probabilities = int(m.num_heads * transformer.mean_computed_keys(m) * 4 // tensor)
     everything = width * (6 * m.model_dim + 2 * inner) + probabilities
     kept = {"none": everything, "dots": width * (3 * m.model_dim + inner), "full": width * m.model_dim}[m.remat]
     working = 0 if m.remat == "none" else everything

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -16,6 +17,8 @@ import numpy as np
 from foundry_jax import compilation, data, forecast, provenance, sharding
 from foundry_jax.checkpoint import Checkpointer
 from foundry_jax.config import Config, to_flat_dict
+from foundry_jax.data import preferences
+from foundry_jax.data.hashing import sha256_json
 from foundry_jax.errors import Preempted, UserError
 from foundry_jax.metrics import TRACKERS, MetricsWriter, Progress, device_peak_flops, read_metrics
 from foundry_jax.model import transformer
@@ -48,7 +51,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
         num_params = transformer.num_params(config.model)
         plan = sharding.plan(num_params, jax.device_count(), config.sharding)
         require_even_batches(config, plan)
-        batches_of(config, corpus)  # too little text must be found before a config is written that stays
+        batches = batches_of(config, corpus)  # too little data must be found before a config is written that stays
         folder.write_config(to_flat_dict(config), OPERATIONAL)
         if (result := read_result(folder.path)) is not None:
             log.info("%s is finished; delete it or use another --workdir to train again.", folder.path)
@@ -61,7 +64,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
             plan.context(),
             Checkpointer(folder.checkpoints, keep_latest=keep.keep_latest, keep_best=keep.keep_best) as checkpointer,
         ):
-            return Trainer(config, corpus, plan, folder, checkpointer, preemption, quiet=quiet).train()
+            return Trainer(config, corpus, batches, plan, folder, checkpointer, preemption, quiet=quiet).train()
 
 
 def with_vocabulary(config: Config, vocab_size: int) -> Config:
@@ -125,27 +128,35 @@ def process_rows(batch_size: int) -> slice:
     return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
 
 
-def batches_of(config: Config, corpus: data.Corpus) -> tuple[data.TrainBatches, data.ValidationBatches]:
-    """Returns this process's rows of the training and validation batches.
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """This process's rows of the batches of a run."""
+
+    train: data.TrainBatches | preferences.PreferenceBatches
+    validation: data.ValidationBatches
+
+
+def batches_of(config: Config, corpus: data.Corpus) -> Batches:
+    """Returns the batches: text to train on, or pairs of completions; validation is always on text.
 
     Raises:
-        UserError: there are too few tokens.
+        UserError: there are too few tokens, or the pairs cannot be read.
     """
-    length = config.model.context_length
-    train = data.train_batches(
-        corpus.train_tokens,
-        batch_size=config.data.batch_size,
-        context_length=length,
-        seed=config.seed,
-        rows=process_rows(config.data.batch_size),
-    )
+    size, length, seed = config.data.batch_size, config.model.context_length, config.seed
+    if config.data.preferences:
+        pairs = preferences.read_pairs(config.data.preferences, corpus.tokenizer, length)
+        train = preferences.PreferenceBatches(pairs, size, seed, process_rows(size))
+    else:
+        train = data.train_batches(
+            corpus.train_tokens, batch_size=size, context_length=length, seed=seed, rows=process_rows(size)
+        )
     validation = data.validation_batches(
         corpus.validation_tokens,
         batch_size=config.eval.batch_size,
         context_length=length,
         rows=process_rows(config.eval.batch_size),
     )
-    return train, validation
+    return Batches(train, validation)
 
 
 class Clock:
@@ -179,6 +190,7 @@ class Trainer:
         self,
         config: Config,
         corpus: data.Corpus,
+        batches: Batches,
         plan: sharding.Plan,
         folder: RunFolder,
         checkpointer: Checkpointer,
@@ -186,19 +198,20 @@ class Trainer:
         *,
         quiet: bool,
     ):
-        self.config, self.corpus, self.plan = config, corpus, plan
+        self.config, self.corpus, self.batches, self.plan = config, corpus, batches, plan
         self.folder, self.checkpointer, self.preemption = folder, checkpointer, preemption
         self.quiet = quiet or jax.process_index() > 0
         self.clock = Clock()
         self.skips = 0  # non-finite steps in a row, up to the last one noted
         self.program = Program.of(config)
         self.hyper = hyperparameters(config)
-        length = config.model.context_length
-        self.batch_shape, self.eval_shape = (config.data.batch_size, length), (config.eval.batch_size, length)
-        self.batches, self.validation = batches_of(config, corpus)
+        self.batch_shape = config.batch_shape
+        self.eval_shape = (config.eval.batch_size, config.model.context_length)
 
     def train(self) -> dict[str, Any]:
         """Trains from the newest checkpoint to the last step and returns the run's result."""
+        if self.program.learns_from_pairs:
+            self.add_reference()
         state, step = self.restore_or_init()
         self.writer = MetricsWriter(
             self.folder.metrics, resume_step=step, trackers=self.config.log.trackers, primary=jax.process_index() == 0
@@ -223,6 +236,45 @@ class Trainer:
             self.writer.summary(result)
         return result
 
+    def add_reference(self) -> None:
+        """Puts the reference into the batches: what the run's first parameters say of all completions.
+
+        Computed once, before anything else takes memory, and kept in the run folder for when the run is resumed.
+        """
+        pairs, path = self.batches.train.pairs, self.folder.path / "reference.npz"
+        of = {"pairs": pairs.hash, "model": dataclasses.asdict(self.config.model), "seed": self.config.seed}
+        reference = preferences.read_reference(path, sha256_json(of))
+        if reference is None:
+            log.info("Computing the reference log-probabilities of %s pairs.", f"{len(pairs):,}")
+            reference = self.reference(pairs, self.init().params)
+            if jax.process_index() == 0:
+                preferences.write_reference(path, sha256_json(of), reference)
+        train = dataclasses.replace(self.batches.train, reference=reference)
+        self.batches = dataclasses.replace(self.batches, train=train)
+
+    def reference(self, pairs: preferences.Pairs, params: dict) -> np.ndarray:
+        """Returns the log-probabilities of both completions of all pairs, [number of pairs, 2] float32, in nats.
+
+        Raises:
+            Preempted: the run was asked to stop.
+        """
+        size = self.batch_shape[0] // self.config.optimizer.accumulation_steps
+        shape = (size, *self.batch_shape[1:])
+        with self.clock.measure("compile"):
+            reference_fn = compilation.compile_reference_step(self.program, self.plan, shape)
+        found = []
+        for batch in pairs.in_order(size, process_rows(size)):
+            with self.clock.measure("eval"):
+                found.append(jax.device_get(reference_fn(params, self.place(batch, shape))))
+            if self.preemption.requested(0):
+                raise Preempted(f"{self.folder.path} has no reference yet; run it again to start.")
+        return np.concatenate(found)[: len(pairs)]
+
+    def init(self) -> TrainState:
+        """Returns the state at step 0."""
+        with self.clock.measure("compile"):
+            return compilation.compile_init(self.program, self.plan)(self.hyper)
+
     def restore_or_init(self, before: int | None = None) -> tuple[TrainState, int]:
         """Returns the newest whole checkpoint (of a step smaller than `before`) and its step, or a new state and 0."""
         abstract, _, _ = compilation.abstract_inputs(self.program, self.plan, self.batch_shape)
@@ -233,15 +285,14 @@ class Trainer:
             if before is None:
                 self.clock.seconds |= restored.metadata["seconds"]
             return restored.state, restored.step
-        with self.clock.measure("compile"):
-            return compilation.compile_init(self.program, self.plan)(self.hyper), 0
+        return self.init(), 0
 
     def loop(self, step_fn, state: TrainState, start: int) -> tuple[TrainState, int]:
         """Returns the state after the last step, and that step; logs, evaluates and saves on the way.
 
         The metrics of a step are read while the device works on the next, so that reading never makes it wait.
         """
-        batches = self.batches.iterate(start, self.config.num_steps, self.folder.data_offset)
+        batches = self.batches.train.iterate(start, self.config.num_steps, self.folder.data_offset)
         self.logged = collections.deque([(start, self.busy_seconds())], maxlen=10)
         unread = None
         while (item := self.next_batch(batches)) is not None:
@@ -263,10 +314,10 @@ class Trainer:
         with self.clock.measure("data"):
             return next(batches, None)
 
-    def place(self, batch: dict, shape: tuple[int, int]) -> dict:
-        """Returns the batch laid out over the devices; each process brings its own rows."""
-        where = self.plan.batch_sharding()
-        return {name: jax.make_array_from_process_local_data(where, x, shape) for name, x in batch.items()}
+    def place(self, batch: dict, shape: tuple[int, ...]) -> dict:
+        """Returns the batch laid out over the devices; each process brings its own rows of the first axis."""
+        make = functools.partial(jax.make_array_from_process_local_data, self.plan.batch_sharding())
+        return {name: make(x, (shape[0], *x.shape[1:])) for name, x in batch.items()}
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
         """Returns what metrics.jsonl holds of one kind, oldest first."""
@@ -328,7 +379,7 @@ class Trainer:
         row = {}
         for prefix, params in (("", state.params), ("ema_", state.ema_params)):
             nats, count = 0.0, 0.0
-            for batch in self.validation:
+            for batch in self.batches.validation:
                 with self.clock.measure("eval"):
                     sums = eval_fn(params, self.place(batch, self.eval_shape))
                     nats, count = nats + float(sums[0]), count + float(sums[1])
@@ -416,7 +467,7 @@ class Trainer:
             "validation": {name: value for name, value in self.evals[steps].items() if name not in ("step", "kind")},
             "validation_hash": self.corpus.validation_hash,
             "train_loss": rows[-1]["loss"],
-            "noise_scale_tokens": noise_scale(rows, self.config.model.context_length),
+            "noise_scale_tokens": noise_scale(rows, math.prod(self.batch_shape[1:])),
             "skipped_steps": sum(1 for row in rows if row["skips"]),
             "rollbacks": self.folder.num_rollbacks,
             "tokens": tokens,
@@ -439,11 +490,11 @@ def validation_metrics(nats: float, count: float, corpus: data.Corpus) -> dict[s
     return metrics
 
 
-def noise_scale(rows: list[dict[str, Any]], context_length: int) -> float | None:
+def noise_scale(rows: list[dict[str, Any]], tokens_per_row: int) -> float | None:
     """Returns the gradient noise scale in tokens over the last half of the rows, or None if it was not measured.
 
     A ratio of averages, as McCandlish et al. 2018 (1812.06162) advise: each estimate alone is very noisy.
     """
     rows = [row for row in rows[len(rows) // 2 :] if math.isfinite(row.get("gradient_signal", math.nan))]
     signal = np.mean([row["gradient_signal"] for row in rows]) if rows else 0.0
-    return float(np.mean([row["gradient_noise"] for row in rows]) / signal * context_length) if signal > 0 else None
+    return float(np.mean([row["gradient_noise"] for row in rows]) / signal * tokens_per_row) if signal > 0 else None

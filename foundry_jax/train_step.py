@@ -14,9 +14,21 @@ import optax
 
 from foundry_jax import optimizer
 from foundry_jax.config import Config
-from foundry_jax.losses import LOSSES, token_statistics
+from foundry_jax.losses import (
+    LOSSES,
+    PAIR_LOSSES,
+    TOKEN_LOSSES,
+    PairStatistics,
+    TokenStatistics,
+    chunked_statistics,
+    num_chunks,
+    token_statistics,
+)
 from foundry_jax.model.config import ModelConfig
-from foundry_jax.model.transformer import Transformer, init_params
+from foundry_jax.model.layers import batch_shards, constrain
+from foundry_jax.model.mask import Placement
+from foundry_jax.model.mlp.moe import router_losses, router_metrics, without_rates
+from foundry_jax.model.transformer import Transformer, init_params, rebalance, router_stats
 from foundry_jax.optimizer import Hyperparameters
 from foundry_jax.registry import lookup
 
@@ -32,6 +44,11 @@ class Program:
     use_dropout: bool
     accumulation_steps: int
 
+    @property
+    def learns_from_pairs(self) -> bool:
+        """Whether batches hold pairs of completions."""
+        return self.loss in PAIR_LOSSES
+
     @classmethod
     def of(cls, config: Config) -> "Program":
         """Returns the program of a config whose model.vocab_size is known.
@@ -42,7 +59,7 @@ class Program:
         lookup(LOSSES, config.loss.name, "loss")
         lookup(optimizer.OPTIMIZERS, config.optimizer.name, "optimizer")
         return cls(
-            model=dataclasses.replace(config.model, dropout=0.0),  # its rate is traced
+            model=dataclasses.replace(config.model, dropout=0.0, moe=without_rates(config.model)),  # those are traced
             optimizer=config.optimizer.name,
             decay_embeddings=config.optimizer.decay_embeddings,
             loss=config.loss.name,
@@ -79,7 +96,10 @@ def unbox(tree):
 
 
 def train_step(program: Program, state: TrainState, batch: dict, hyper: Hyperparameters):
-    """Returns (next state, metrics) for a batch of inputs, targets [B, L] and weights [B, L].
+    """Returns (next state, metrics) for a batch of inputs, targets and weights [B, L].
+
+    It may have positions, and the segments of packed documents, [B, L]: tokens then stand there instead of at 0..L-1.
+    Batches of pairs are those of data/preferences.py.
 
     A step whose loss or gradient is not finite changes nothing but the counters: old values are selected, never
     multiplied by zero, because 0 * NaN is NaN.
@@ -89,6 +109,9 @@ def train_step(program: Program, state: TrainState, batch: dict, hyper: Hyperpar
     ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     updates, opt_state = _optimizer(program, hyper, state.step).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if sown := metrics.pop("router", None):
+        metrics |= _router_figures(router_stats(sown))
+        params = rebalance(params, sown, hyper.router_bias_rate)
     ema_params = _average(state.ema_params, params, hyper.ema_decay, state.step)
     new = (params, opt_state, ema_params)
     old = (state.params, state.opt_state, state.ema_params)
@@ -110,9 +133,14 @@ def train_step(program: Program, state: TrainState, batch: dict, hyper: Hyperpar
 
 def eval_step(program: Program, params: dict, batch: dict):
     """Returns (sum of -log p(target) in nats, number of targets) of a batch, whatever the training loss."""
-    logits_BLV, _ = Transformer(program.model).apply({"params": params}, batch["inputs"])
-    statistics = token_statistics(logits_BLV, batch["targets"])
+    statistics, _ = _statistics(program, params, batch)
     return jnp.sum(statistics.nll * batch["weights"]), jnp.sum(batch["weights"])
+
+
+def reference_step(program: Program, params: dict, batch: dict):
+    """Returns the log-probabilities of the completions of a batch of pairs, [P, 2], in nats."""
+    statistics, _ = _statistics(program, params, batch)
+    return _log_probs(statistics, batch)
 
 
 def _optimizer(program: Program, hyper: Hyperparameters, step: jax.Array) -> optax.GradientTransformation:
@@ -127,17 +155,20 @@ def _average(ema_params, params, decay, step):
 
 
 def _gradients(program, params, batch, hyper, step):
-    """Returns (gradient of the mean loss over the batch's weights, metrics), accumulated over micro-batches."""
-    total = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    """Returns (gradient of the batch's mean loss, metrics), accumulated over micro-batches."""
+    counts = _counts(program, batch["weights"])
+    tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper.seed), 1), step)
-    gradient = jax.value_and_grad(functools.partial(_loss, program, hyper=hyper, total=total), has_aux=True)
+    gradient = jax.value_and_grad(functools.partial(_loss, program, hyper=hyper, counts=counts), has_aux=True)
     if program.accumulation_steps == 1:
         (_, metrics), grads = gradient(params, batch, key=key)
-        return grads, metrics | {"tokens": total}
-    return _accumulate(program.accumulation_steps, gradient, params, batch, key, total)
+        return grads, metrics | {"tokens": tokens}
+    share = lambda rows: _counts(program, rows["weights"])["loss"] / counts["loss"]  # noqa: E731
+    grads, metrics = _accumulate(program.accumulation_steps, gradient, params, batch, key, share)
+    return grads, metrics | {"tokens": tokens}
 
 
-def _accumulate(num_steps, gradient, params, batch, key, total):
+def _accumulate(num_steps, gradient, params, batch, key, share):
     """Sums gradients over micro-batches and estimates the gradient noise scale from their spread.
 
     Micro-batch i holds rows i, i + A, i + 2A, ...: a batch sharded over devices stays where it is.
@@ -147,21 +178,20 @@ def _accumulate(num_steps, gradient, params, batch, key, total):
     def add(carry, inputs):
         index, rows = inputs
         (_, metrics), grads = gradient(params, rows, key=jax.random.fold_in(key, index))
-        share = jnp.maximum(jnp.sum(rows["weights"]), 1.0) / total
-        norm = jnp.square(optax.tree.norm(grads) / share)  # of this micro-batch's own mean gradient
+        norm = jnp.square(optax.tree.norm(grads) / share(rows))  # of this micro-batch's own mean gradient
         return jax.tree.map(jnp.add, carry, (grads, metrics, norm)), None
 
     first = jax.tree.map(lambda x: x[0], micro)
     (_, metrics), grads = jax.eval_shape(lambda: gradient(params, first, key=key))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics, jax.ShapeDtypeStruct((), total.dtype)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics, jax.ShapeDtypeStruct((), jnp.float32)))
     (grads, metrics, norms), _ = jax.lax.scan(add, zeros, (jnp.arange(num_steps), micro))
     big_norm = jnp.square(optax.tree.norm(grads))
     spread = noise_scale(norms / num_steps, big_norm, num_steps, batch["inputs"].shape[0])
-    return grads, metrics | {"tokens": total} | spread
+    return grads, metrics | spread
 
 
 def noise_scale(small_norm2, big_norm2, num_parts, batch_size):
-    """Returns unbiased estimates of |G|^2 and tr(Sigma), per sequence; their ratio of averages is the noise scale.
+    """Returns unbiased estimates of |G|^2 and tr(Sigma), per row; their ratio of averages is the noise scale.
 
     McCandlish et al. 2018, 1812.06162, appendix A.1: small_norm2 is the mean squared norm of the gradients of
     num_parts equal parts of the batch, big_norm2 the squared norm of their mean.
@@ -172,11 +202,77 @@ def noise_scale(small_norm2, big_norm2, num_parts, batch_size):
     return {"gradient_signal": signal, "gradient_noise": noise}
 
 
-def _loss(program, params, batch, *, key, hyper, total):
-    """Returns (sum of the weighted training loss / total, metrics)."""
+def _counts(program, weights):
+    """Returns over how many targets, or pairs, the mean of the loss and of each metric goes ("loss": the default)."""
+    if program.learns_from_pairs:
+        return {"loss": jnp.float32(weights.shape[0]), "cross_entropy": jnp.maximum(jnp.sum(weights[:, 0]), 1.0)}
+    return {"loss": jnp.maximum(jnp.sum(weights), 1.0)}
+
+
+def _loss(program, params, batch, *, key, hyper, counts):
+    """Returns (training loss, metrics): of a micro-batch its share of the whole batch's means."""
     dropout = {"dropout_rate": hyper.dropout, "rngs": {"dropout": key}} if program.use_dropout else {}
-    logits_BLV, _ = Transformer(program.model).apply({"params": params}, batch["inputs"], **dropout)
-    statistics = token_statistics(logits_BLV, batch["targets"])
-    losses_BL = LOSSES[program.loss](statistics, hyper.loss)
-    loss = jnp.sum(losses_BL * batch["weights"]) / total
-    return loss, {"loss": loss, "cross_entropy": jnp.sum(statistics.nll * batch["weights"]) / total}
+    statistics, sown = _statistics(program, params, batch, **dropout)
+    sums = (_pair_sums if program.learns_from_pairs else _token_sums)(program, statistics, batch, hyper.loss)
+    metrics = {name: total / counts.get(name, counts["loss"]) for name, total in sums.items()}
+    if stats := router_stats(sown.get("router")):
+        share = _counts(program, batch["weights"])["loss"] / counts["loss"]
+        balance, z = (share * loss for loss in router_losses(stats))
+        metrics["loss"] += hyper.load_balance * balance + hyper.router_z * z
+        metrics |= {"load_balance": balance, "router_z": z, "router": sown["router"]}
+    return metrics["loss"], metrics
+
+
+def _router_figures(stats):
+    """Returns what the metrics say of the routers, each expert's share of the load as a number of its own."""
+    figures = router_metrics(stats)
+    loads = {f"load_{expert}": share for expert, share in enumerate(figures.pop("load"))}
+    return {f"router_{name}": value for name, value in (figures | loads).items()}
+
+
+def _token_sums(program, statistics, batch, scales):
+    losses_BL = TOKEN_LOSSES[program.loss](statistics, scales)
+    return {
+        "loss": jnp.sum(losses_BL * batch["weights"]),
+        "cross_entropy": jnp.sum(statistics.nll * batch["weights"]),
+    }
+
+
+def _pair_sums(program, statistics, batch, scales):
+    log_probs_P2 = _log_probs(statistics, batch)
+    pairs = PairStatistics(log_probs_P2 - batch["reference"], jnp.sum(batch["weights"], axis=-1))
+    return {
+        "loss": jnp.sum(PAIR_LOSSES[program.loss](pairs, scales)),
+        "reward_accuracy": jnp.sum(pairs.margin > 0, dtype=jnp.float32),
+        "reward_margin": jnp.sum(scales.dpo_beta * pairs.margin),
+        "cross_entropy": -jnp.sum(log_probs_P2[:, 0]),
+    }
+
+
+def _log_probs(statistics, batch):
+    """Returns log pi(completion | prompt) of pairs, [P, 2]: the sum over the completion's tokens and its end."""
+    return -jnp.sum(statistics.nll * batch["weights"], axis=-1)
+
+
+def _statistics(program, params, batch, **dropout) -> tuple[TokenStatistics, dict]:
+    """Returns (statistics of all targets, what the layers have sown): the one place where a step runs the model.
+
+    Sequences are the last axis of the batch; the axes before it are rows to the model.
+    """
+    shape = batch["targets"].shape
+    rows = {name: x.reshape(-1, shape[-1]) for name, x in batch.items() if x.shape == shape}
+    placement = Placement(rows["positions"], rows.get("segments")) if "positions" in rows else None
+    run = functools.partial(
+        Transformer(program.model).apply, {"params": params}, rows["inputs"], placement, mutable=["router"], **dropout
+    )
+    shards = batch_shards() if len(rows["inputs"]) % batch_shards() == 0 else 1
+    chunks = num_chunks(rows["inputs"].size // shards, shape[-1], program.model.vocab_size)
+    if chunks == 1:
+        (logits_BLV, _), sown = run()
+        statistics = token_statistics(logits_BLV, rows["targets"])
+    else:
+        (x_BLD, kernel_DV), sown = run(method="hidden_and_kernel")
+        statistics = chunked_statistics(
+            x_BLD, kernel_DV, rows["targets"], num_chunks=chunks, shards=shards, constrain=constrain
+        )
+    return jax.tree.map(lambda x: x.reshape(shape), statistics), sown

@@ -1,12 +1,19 @@
 """Configs, overrides and mutations: what is accepted, and how a mistake is named."""
 
+import dataclasses
 import pathlib
 
 import pytest
 
 from foundry_jax import mutate
-from foundry_jax.config import load, load_dict, set_values, to_flat_dict
+from foundry_jax.config import LOSSES, OPTIMIZERS, SCHEDULES, load, load_dict, set_values, to_flat_dict
 from foundry_jax.errors import UserError
+from foundry_jax.model import transformer
+from foundry_jax.model.config import BIASES, EMBEDDINGS, PLACEMENTS, QK_NORMS
+from foundry_jax.model.mask import SPARSE
+from foundry_jax.model.mlp import MLPS, ROUTERS
+from foundry_jax.model.norm import NORMS
+from foundry_jax.model.position import POSITIONS, ROPE_SCALINGS
 from tests.conftest import ROOT
 
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("[a-z]*.py"))
@@ -76,6 +83,22 @@ MISTAKES = [
     (f"{TINY}:lrr=1", [], "Unknown mutation 'lrr'. Did you mean 'lr'"),
     (f"{TINY}:adam_betas=0.9", [], "Mutation 'adam_betas' takes beta1:beta2, not '0.9'"),
     (f"{TINY}:attention=gpa", [], "Unknown attention variant 'gpa'. Did you mean"),
+    (f"{TINY}:activation=gleu", [], "Unknown activation 'gleu'. Did you mean"),
+    (f"{TINY}:norm=rms", [], "Unknown norm 'rms'. Did you mean 'rmsnorm'"),
+    (f"{TINY}:norm_placement=mid", [], "Unknown placement of norms 'mid'.*Choose from: post, pre, sandwich"),
+    (f"{TINY}:position=ropes", [], "Unknown position 'ropes'. Did you mean 'rope'"),
+    (f"{TINY}:rope_scaling=yran", [], "Unknown scaling of rotary frequencies 'yran'. Did you mean 'yarn'"),
+    (f"{TINY}:embedding=big", [], "Unknown embedding 'big'.*Choose from: normed, plain, scaled"),
+    (f"{TINY}:bias=kv", [], "Unknown place of biases 'kv'. Did you mean 'qkv'"),
+    (f"{TINY}:qk_norm=heads", [], "Unknown extent of the QK-norm 'heads'. Did you mean 'head'"),
+    (f"{TINY}:sparse=stride", [], "Unknown sparse pattern 'stride'. Did you mean 'strided'"),
+    (f"{TINY}:moe=softmx", [], "Unknown router 'softmx'. Did you mean 'softmax'"),
+    (f"{TINY}:sliding_window=0", [], "model.window=0 must be a finite number at least 1"),
+    (f"{TINY}:sliding_window=many", [], "model.window='many' must be a whole number, not text"),
+    (f"{TINY}:depth=x", [], "depth='x' must be a whole number"),
+    (f"{TINY}:pattern=SSL,depth=4", [], "depth=4 must be a positive multiple of the 3 letters .*; try 3 or 6"),
+    (f"{TINY}:width=200", [], "width=200 must be a positive multiple of 64, .*; try 192 or 256"),
+    (f"{TINY}:mha,width=0", [], "width=0 must be a positive multiple of 32, .*; try 32 or 64"),
     (f"{TINY}:schedule=cosin", [], "Unknown schedule 'cosin'. Did you mean 'cosine'"),
     (f"{TINY}:optimizer=adam", [], "Unknown optimizer 'adam'. Did you mean 'adamw'"),
     (f"{TINY}:batch_size=2.5", [], "data.batch_size='2.5' must be a whole number, not text"),
@@ -133,14 +156,76 @@ def test_a_config_file_without_get_config_is_refused(tmp_path):
         load(str(path))
 
 
+def test_names_that_the_mutations_know_are_those_of_the_tables():
+    tables = {
+        "sparse": SPARSE, "activation": MLPS, "norm": NORMS, "norm_placement": PLACEMENTS, "position": POSITIONS,
+        "bias": BIASES, "qk_norm": QK_NORMS, "moe": ROUTERS, "rope_scaling": ROPE_SCALINGS, "embedding": EMBEDDINGS,
+        "loss": LOSSES, "schedule": SCHEDULES, "optimizer": OPTIMIZERS,
+    }  # fmt: skip
+    assert set(tables) == set(mutate.CHOICES) - {"attention"}
+    for mutation, table in tables.items():
+        renamed = {"nope": "none"} if mutation == "position" else {}
+        names = {renamed.get(name, name) for name in mutate.CHOICES[mutation]}
+        assert names == set(table) - ({"none"} if mutation == "moe" else set()), mutation
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        name if mutation in mutate.VARIANTS else f"{mutation}={name}"
+        for mutation, names in mutate.CHOICES.items()
+        for name in names
+        if name not in ("dpo", "ipo")  # they need a file of pairs
+    ],
+)
+def test_every_variant_is_a_config_argument_and_one_model(argument):
+    transformer.check(load(f"{TINY}:{argument}").model)
+
+
+@pytest.mark.parametrize("name", MLPS)
+def test_swapping_the_activation_keeps_the_parameters_whether_the_width_is_given_or_derived(name):
+    for parent in ("", "mlp_dim=96,"):
+        sizes = {load(f"{TINY}:{parent}{swap}").model for swap in ("swiglu", name)}
+        assert len({transformer.num_params(dataclasses.replace(m, vocab_size=100)) for m in sizes}) == 1
+    assert load(f"{TINY}:{name},mlp_dim=100").model.mlp_dim == 100
+
+
+def test_width_keeps_the_head_dim_and_the_key_value_heads():
+    m = load(f"{TINY}:width=256").model
+    assert (m.model_dim, m.num_heads, m.head_dim, m.num_kv_heads) == (256, 8, 32, 2)
+    m = load(f"{TINY}:mha,width=160").model
+    assert (m.model_dim, m.num_heads, m.head_dim, m.num_kv_heads) == (160, 5, 32, 5)
+
+
+def test_experts_have_the_active_parameters_of_the_mlp_they_replace():
+    sizes = {
+        x: dataclasses.replace(load(f"{TINY}:{x}").model, vocab_size=2048) for x in ("gqa", "moe", "moe=softmax:16:4")
+    }
+    active = {name: transformer.num_active_params(model) for name, model in sizes.items()}
+    assert active["moe"] == pytest.approx(active["gqa"], rel=0.01)
+    assert active["moe=softmax:16:4"] == pytest.approx(active["gqa"], rel=0.01)
+    assert transformer.num_params(sizes["moe"]) > 2 * transformer.num_params(sizes["gqa"])
+
+
+def test_commas_inside_a_call_do_not_end_a_mutation():
+    m = load(f"{TINY}:rope_scaling=yarn(factor=4, original_length=64),lr=1e-3,moe").model
+    assert m.rope_scaling == "yarn(factor=4, original_length=64)"
+    assert m.moe == "softmax(experts=8, top_k=2)"
+
+
 def test_a_bare_name_means_one_thing():
     names = [name for variants in mutate.VARIANTS.values() for name in variants]
     assert len(names) == len(set(names))
     assert not set(names) & set(mutate.MUTATIONS)
 
 
-VALUES = {"adam_betas": "0.8:0.99", "attention": "mla", "schedule": "wsd", "optimizer": "lion", "batch_size": "8",
-          "warmup": "7", "steps": "9"}  # fmt: skip
+VALUES = {
+    "activation": "gelu", "adam_betas": "0.8:0.99", "attention": "mla", "batch_size": "8", "bias": "qkv", "depth": "6",
+    "embedding": "scaled", "loss": "focal:1.5", "mlp_dim": "96", "moe": "sigmoid:4:2", "norm": "layernorm",
+    "norm_placement": "post", "optimizer": "lion", "pattern": "SL", "position": "alibi", "qk_norm": "head",
+    "rope_scaling": "yarn:4:64", "rope_theta": "500000", "schedule": "wsd", "sliding_window": "16", "softcap": "30",
+    "sparse": "fixed:8:2", "steps": "9", "tie_embeddings": "false", "warmup": "7", "width": "192",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", mutate.MUTATIONS)

@@ -110,6 +110,8 @@ def checkout(tmp_path):
     text = (ROOT / "LICENSE").read_text("utf-8")
     for name in ("tinyshakespeare.txt", "book.txt"):
         (tmp_path / name).write_text(text, "utf-8")
+    pair = {"prompt": "Is it so?", "chosen": " It is.", "rejected": " No idea."}
+    (tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 20, "utf-8")
     (tmp_path / "texts" / "more").mkdir(parents=True)
     for number in range(40):  # so many that a tenth of them is not nothing
         (tmp_path / "texts" / "more" / f"{number}.txt").write_text(f"{number} {text}", "utf-8")
@@ -172,7 +174,7 @@ RULES = {
     r"python -m foundry_jax[\w.]* --help": python,
     r"python -m foundry_jax\.main --config=\S+( --\S+)*": train,
     r"python -m foundry_jax\.cli\.plan --config=\S+( --\S+)*": plan,
-    r"python docs/make_configuration\.py": python,
+    r"python docs/make_(configuration|variants)\.py": python,
     r"cp configs/\w+\.py configs/\w+\.py": execute,
     r"make( [a-z-]+)+": make,
     r"source \S+/bin/activate": activate,
@@ -269,6 +271,15 @@ def test_the_configuration_page_is_up_to_date():
     assert script.TARGET.read_text("utf-8") == script.render(), "run: python docs/make_configuration.py"
 
 
+def test_the_page_of_variants_is_up_to_date_and_complete():
+    script = load_script("make_variants")
+    assert script.TARGET.read_text("utf-8") == script.render(), "run: python docs/make_variants.py"
+    for row in script.on_text():
+        figures = script.read()["rows"][row.argument]
+        assert set(figures["bits_per_byte"]) == {str(seed) for seed in range(script.SEEDS)}, row
+        assert figures["speed"] > 0, row
+
+
 def test_the_configuration_page_has_every_key_and_every_mutation():
     rows = load_script().read_baseline()
     assert [key for key, _, _ in rows] == list(config.to_flat_dict(config.load(str(ROOT / "configs" / "baseline.py"))))
@@ -276,9 +287,10 @@ def test_the_configuration_page_has_every_key_and_every_mutation():
     assert all(f"| `{name}=" in page for name in mutate.MUTATIONS)
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("make_configuration", ROOT / "docs" / "make_configuration.py")
+def load_script(name: str = "make_configuration"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 

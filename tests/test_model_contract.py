@@ -1,4 +1,4 @@
-"""What every variant must satisfy, whatever it is."""
+"""The contract of tests/contract.py over all variants, and what is left to say of single ones."""
 
 import dataclasses
 
@@ -11,175 +11,166 @@ import pytest
 from foundry_jax.errors import UserError
 from foundry_jax.model import transformer
 from foundry_jax.model.attention import ATTENTIONS
+from foundry_jax.model.combinations import REFUSALS
+from foundry_jax.model.config import BIASES, EMBEDDINGS, PLACEMENTS, QK_NORMS, is_gated
 from foundry_jax.model.layers import Dropout
-from foundry_jax.model.mask import Placement
-from foundry_jax.model.transformer import Transformer
-from tests.variants import BATCH, LENGTH, VARIANTS, VOCAB, forward, params_of, tiny, tokens_of
+from foundry_jax.model.mask import SPARSE
+from foundry_jax.model.mlp import MLPS, ROUTERS
+from foundry_jax.model.mlp.moe import moe_of
+from foundry_jax.model.norm import NORMS
+from foundry_jax.model.position import POSITIONS, ROPE_SCALINGS
+from foundry_jax.model.transformer import LAYER_MASKS, Transformer
+from tests import contract
+from tests.variants import AXES, LENGTH, VARIANTS, forward, pairs, params_of, tiny, tokens_of
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
-# Where each case compiles a gradient, the variants that share code with these run in `make test-all` only.
 exhaustive = pytest.mark.exhaustive
-main_variants = pytest.mark.parametrize(
-    "variant", [v if v in ("gqa", "mla_q_lora") else pytest.param(v, marks=exhaustive) for v in VARIANTS]
+
+# Each of these compiles a gradient or two; variants that share code with the ones named run in `make test-all` only.
+COSTLY = {
+    "scanned_layers_compute_the_same": {"gqa", "mla_q_lora", "window_and_full", "moe_unnormalized"},
+    "recomputation_changes_neither_loss_nor_gradient": {"gqa", "strided", "moe_sigmoid"},
+}
+
+
+def contracts():
+    """Yields every contract of every variant; those of a variant follow each other and share compiled programs."""
+    for variant in VARIANTS:
+        for check in contract.CONTRACTS:
+            name = check.__name__
+            marks = [exhaustive] if variant not in COSTLY.get(name, VARIANTS) else []
+            yield pytest.param(variant, check, id=f"{variant}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(("variant", "check"), list(contracts()))
+def test_every_variant_keeps_the_contract(variant, check):
+    check(tiny(variant))
+
+
+# Of two variants at once, what neither shows alone: in this order, cheapest first.
+OF_PAIRS = (
+    contract.logits_equal_the_reference,
+    contract.no_token_sees_the_future,
+    contract.the_number_of_parameters_is_known_from_the_config,
+    contract.the_size_of_the_cache_is_known_from_the_config,
+    contract.packed_documents_equal_separate_ones,
+    contract.padding_changes_nothing,
+    contract.cached_decoding_equals_the_full_forward_pass,
+    contract.every_parameter_has_a_finite_gradient_and_none_is_zero,
 )
+# One pair of every two axes that meet in code runs in `make test`.
+COMMON_PAIRS = {
+    "mla+window", "mla+alibi", "mqa+fixed", "window+alibi", "strided+alibi", "softcap+alibi", "mla+rope_yarn",
+    "mla+moe_sigmoid", "window+moe_softmax", "gelu+moe_softmax", "bias_all+gelu_tanh", "qk_norm_whole+fixed",
+    "layernorm+sandwich_norm", "learned+normed",
+}  # fmt: skip
 
 
-def test_every_registered_attention_is_in_the_contract_suite():
-    assert {tiny(variant).attention for variant in VARIANTS} == set(ATTENTIONS)
-
-
-@variants
-def test_logits_have_one_row_per_token_in_float32(variant):
-    config = tiny(variant)
-    logits = forward(config)(params_of(config), tokens_of())
-    assert logits.shape == (BATCH, LENGTH, VOCAB)
-    assert logits.dtype == jnp.float32
-
-
-@variants
-@pytest.mark.parametrize("changed", [1, 4, LENGTH - 1])
-def test_changing_a_token_leaves_all_earlier_logits_bit_equal(variant, changed):
-    config = tiny(variant)
-    params, tokens = params_of(config), tokens_of()
-    before = forward(config)(params, tokens)
-    after = forward(config)(params, tokens.at[:, changed].add(1) % VOCAB)
-    np.testing.assert_array_equal(before[:, :changed], after[:, :changed])
-    assert (before[:, changed:] != after[:, changed:]).any(axis=-1).all()
-
-
-@variants
-def test_the_order_of_the_prefix_matters(variant):
-    config = tiny(variant)
-    params, tokens = params_of(config), tokens_of()
-    swapped = tokens.at[:, [0, 1]].set(tokens[:, [1, 0]])
-    difference = forward(config)(params, tokens)[:, -1] - forward(config)(params, swapped)[:, -1]
-    assert jnp.abs(difference).max() > 1e-2
-
-
-@variants
-@pytest.mark.parametrize(("scan_layers", "prefill"), [(False, 1), (True, 5)])
-def test_cached_decoding_equals_the_full_forward_pass(variant, scan_layers, prefill):
-    config = tiny(variant, scan_layers=scan_layers)
-    params, tokens = params_of(config), tokens_of()
-    cache = transformer.init_cache(config, BATCH, LENGTH + 2)
-    decode = jax.jit(lambda tokens, placement, cache: Transformer(config).apply(params, tokens, placement, cache))
-    logits, start = [], 0
-    for length in [prefill] + [1] * (LENGTH - prefill):
-        positions = jnp.broadcast_to(jnp.arange(start, start + length), (BATCH, length))
-        part, cache = decode(tokens[:, start : start + length], Placement(positions), cache)
-        logits.append(part)
-        start += length
-    # 5e-6 is what two orders of summation differ by at these sizes
-    np.testing.assert_allclose(jnp.concatenate(logits, axis=1), forward(config)(params, tokens), atol=5e-5)
-
-
-@variants
-def test_rows_of_one_batch_may_stand_at_different_positions_in_the_cache(variant):
-    config = tiny(variant)
-    params, tokens = params_of(config), tokens_of()
-    cache = transformer.init_cache(config, BATCH, LENGTH)
-    decode = jax.jit(lambda tokens, placement, cache: Transformer(config).apply(params, tokens, placement, cache))
-    lengths = [2, 5, 7]
-    full = forward(config)(params, tokens)
-    for t in range(max(lengths)):  # rows that are done write the same token to the same slot again
-        at = jnp.array([min(t, n - 1) for n in lengths])[:, None]
-        new = jnp.take_along_axis(tokens, at, axis=1)
-        logits, cache = decode(new, Placement(at), cache)
-    for row, n in enumerate(lengths):
-        np.testing.assert_allclose(logits[row, 0], full[row, n - 1], atol=5e-5)
-
-
-@variants
-def test_rows_of_a_batch_do_not_see_each_other(variant):
-    config = tiny(variant)
-    params, tokens = params_of(config), tokens_of()
-    other = tokens.at[1:].set(tokens_of(seed=9)[1:])
-    np.testing.assert_array_equal(forward(config)(params, tokens)[0], forward(config)(params, other)[0])
-
-
-@variants
-def test_packed_documents_equal_separate_ones(variant):
-    config = tiny(variant)
-    params, tokens = params_of(config), tokens_of()
-    positions = jnp.array([[0, 1, 2, 0, 1, 2, 3, 4]])
-    segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 2]])
-    run = jax.jit(lambda tokens: Transformer(config).apply(params, tokens, Placement(positions, segments))[0])
-    packed = run(tokens)
-    np.testing.assert_allclose(packed[:, :3], forward(config)(params, tokens[:, :3]), atol=5e-5)
-    np.testing.assert_allclose(packed[:, 3:], forward(config)(params, tokens[:, 3:]), atol=5e-5)
-    changed = run(tokens.at[:, 1].add(1) % VOCAB)
-    np.testing.assert_array_equal(packed[:, 3:], changed[:, 3:])
-
-
-@variants
-def test_every_parameter_has_a_finite_gradient_and_none_is_zero(variant):
-    config = tiny(variant)
-    tokens = tokens_of()
-    grads = jax.jit(jax.grad(lambda p: jnp.var(Transformer(config).apply(p, tokens)[0])))(params_of(config))
-    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        assert jnp.isfinite(grad).all(), path
-        assert jnp.abs(grad).max() > 0, path
-
-
-def _stacked(params):
-    """Returns the parameters of unrolled layers as the scanned model holds them."""
-    params = dict(params["params"])
-    blocks = [params.pop(f"block_{i}") for i in range(2)]
-    return {"params": params | {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *blocks)}}
-
-
-@main_variants
 @pytest.mark.parametrize(
-    ("remat", "scan_layers"),
-    [("dots", False), ("full", True)]
-    + [pytest.param(*case, marks=exhaustive) for case in [("none", True), ("full", False), ("dots", True)]],
+    "pair", [pytest.param(pair, marks=[] if pair in COMMON_PAIRS else [exhaustive]) for pair in pairs()]
 )
-def test_scan_and_remat_change_neither_loss_nor_gradient(variant, remat, scan_layers):
-    plain = tiny(variant)
-    params, tokens = params_of(plain), tokens_of()
-    other = dataclasses.replace(plain, remat=remat, scan_layers=scan_layers)
+def test_every_pair_of_variants_keeps_the_contract(pair):
+    for check in OF_PAIRS:
+        check(tiny(pair))
 
-    def loss(config):
-        return jax.jit(jax.value_and_grad(lambda p: jnp.var(Transformer(config).apply(p, tokens)[0])))
 
-    expected = loss(plain)(params)
-    found = loss(other)(_stacked(params) if scan_layers else params)
-    if scan_layers:
-        expected = (expected[0], _stacked(expected[1]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, expected)
+def test_the_common_pairs_are_pairs():
+    assert set(pairs()) >= COMMON_PAIRS
+
+
+@pytest.mark.parametrize(
+    ("table", "field"),
+    [
+        (ATTENTIONS, "attention"),
+        (MLPS, "mlp"),
+        (ROUTERS, "moe"),
+        (NORMS, "norm"),
+        (POSITIONS, "position"),
+        (ROPE_SCALINGS, "rope_scaling"),
+        (BIASES, "bias"),
+        (QK_NORMS, "qk_norm"),
+        (PLACEMENTS, "norm_placement"),
+        (EMBEDDINGS, "embedding"),
+    ],
+)
+def test_every_entry_of_every_table_is_in_the_suite(table, field):
+    assert {getattr(tiny(variant), field).partition("(")[0] for variant in VARIANTS} >= set(table) - {"none"}
+
+
+def test_every_mask_is_in_the_suite():
+    configs = [tiny(variant) for variant in VARIANTS]
+    assert {letter for config in configs for letter in config.pattern} == set(LAYER_MASKS)
+    assert {config.sparse.partition("(")[0] for config in configs if config.pattern == "P"} == set(SPARSE)
+
+
+def test_every_refusal_is_of_two_variants_and_names_both_and_the_reason():
+    names = [name for group in AXES.values() for name in group]
+    for refusal in REFUSALS:
+        found = [f"{a}+{b}" for a in names for b in names if refusal.applies(tiny(f"{a}+{b}"))]
+        assert found, refusal
+        with pytest.raises(UserError) as caught:
+            transformer.check(tiny(found[0]))
+        message = str(caught.value)
+        assert refusal.reason in message and refusal.advice in message
+        assert all(f"model.{field}=" in message for field, _ in (refusal.first, refusal.second))
+
+
+def test_every_pair_that_is_not_refused_passes_the_check():
+    for pair in [*VARIANTS, *pairs()]:
+        transformer.check(tiny(pair))
 
 
 @variants
-def test_bfloat16_stays_close_to_float32(variant):
-    config = tiny(variant)
-    half = dataclasses.replace(config, dtype="bfloat16")
-    params, tokens = params_of(config), tokens_of()
-    exact, rounded = forward(config)(params, tokens), forward(half)(params, tokens)
-    assert rounded.dtype == jnp.float32
-    assert jnp.abs(exact - rounded).max() < 0.1 * jnp.abs(exact).max()
-    for leaf in jax.tree.leaves(params):
-        assert leaf.dtype == jnp.float32
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_parameters_drawn_for_training_have_the_models_own_shapes_and_names(variant, scan_layers):
+    config = tiny(variant, scan_layers=scan_layers)
+    drawn = jax.eval_shape(lambda key: transformer.init_params(config, key), jax.random.key(0))
+    built = jax.eval_shape(
+        lambda key: Transformer(config).init(key, jnp.zeros((1, 1), int))["params"], jax.random.key(0)
+    )
+    jax.tree.map(
+        lambda a, b: pytest.fail(f"{a} {b}") if a.shape != b.shape else None, nn.meta.unbox(drawn), nn.meta.unbox(built)
+    )
+    names = jax.tree.leaves(jax.tree.map(lambda x: x.names, (drawn, built), is_leaf=transformer._is_boxed))
+    assert names[: len(names) // 2] == names[len(names) // 2 :]
 
 
-@variants
-def test_num_params_from_the_config_equals_the_built_model(variant):
-    for scan_layers in (False, True):
-        config = tiny(variant, scan_layers=scan_layers)
-        built = sum(x.size for x in jax.tree.leaves(params_of(config)))
-        assert transformer.num_params(config) == built
+def test_layers_that_repeat_are_scanned_and_the_others_stand_alone():
+    config = tiny("window_and_full", scan_layers=True, num_layers=7, moe="softmax(experts=4, top_k=2, dense_layers=1)")
+    params = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+    assert {name for name in params if name.startswith("block")} == {"block_0", "blocks"}
+    assert set(params["blocks"]) == {"layer_0", "layer_1"}
+    assert nn.meta.unbox(params)["blocks"]["layer_0"]["attention_norm"]["scale"].shape == (3, 20)
+    config = dataclasses.replace(config, num_layers=8)
+    params = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+    assert {name for name in params if name.startswith("block")} == {"block_0", "blocks", "block_7"}
 
 
-@variants
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in AXES["moe"]])
 def test_flops_from_the_config_equal_xlas_count_of_the_matrix_products(variant):
     # Large enough for products to dominate; XLA also counts norms, softmax and the rest, which stay under 8 %.
-    config = tiny(variant, model_dim=160, num_heads=6, head_dim=32, mlp_dim=416, context_length=64, kv_lora_rank=48,
+    config = tiny(variant, num_layers=2, model_dim=160, head_dim=32, mlp_dim=416, context_length=64, kv_lora_rank=48,
                   qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=28, vocab_size=512)  # fmt: skip
     tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
     params = jax.eval_shape(lambda: nn.meta.unbox(Transformer(config).init(jax.random.key(0), jnp.zeros((1, 1), int))))
     compiled = jax.jit(lambda p, t: Transformer(config).apply(p, t)[0]).lower(params, tokens).compile()
     counted = compiled.cost_analysis()["flops"] / (2 * 64)
-    formula = transformer.flops_per_token(config, num_keys=64)  # the CPU path computes masked pairs too
+    formula = transformer.flops_per_token(config, computed=True)
     assert formula <= counted <= 1.08 * formula
+
+
+@pytest.mark.parametrize("variant", AXES["moe"])
+def test_flops_of_experts_are_those_of_the_matrices_a_token_meets(variant):
+    """XLA counts the body of a loop once, so its count says nothing of a loop over experts."""
+    config = tiny(variant)
+    moe = moe_of(config)
+    matrices = 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params_of(config)["params"]):
+        names = [key.key for key in path]
+        share = moe.top_k / moe.experts if "experts" in names else 1
+        matrices += share * leaf.size if names[-1] in ("kernel", "embedding") else 0
+    pairs = 4 * config.num_layers * config.num_heads * config.head_dim * LENGTH
+    assert transformer.flops_per_token(config, num_keys=LENGTH) == pytest.approx(2 * matrices + pairs)
 
 
 def test_a_causal_token_sees_half_the_context_on_average():
@@ -187,24 +178,29 @@ def test_a_causal_token_sees_half_the_context_on_average():
     assert transformer.flops_per_token(config) == transformer.flops_per_token(config, num_keys=(LENGTH + 1) / 2)
 
 
-@variants
-def test_cache_bytes_per_token_are_those_of_the_built_cache(variant):
-    config = tiny(variant)
-    cache = transformer.init_cache(config, 1, 7)
-    built = sum(x.nbytes for x in jax.tree.leaves(cache.layers)) / 7
-    assert transformer.kv_bytes_per_token(config) == built
+def test_a_token_of_a_window_sees_no_more_than_the_window():
+    config = tiny("window", context_length=LENGTH)
+    assert transformer.flops_per_token(config) == transformer.flops_per_token(config, num_keys=(1 + 2 + 6 * 3) / 8)
 
 
 def test_mla_caches_the_latent_and_one_rotary_key():
     config = tiny("mla", dtype="bfloat16")
-    assert transformer.kv_bytes_per_token(config) == 2 * (10 + 4) * 2  # layers * (rank + rope dims) * bytes
+    assert transformer.kv_bytes_per_token(config) == 3 * (10 + 4) * 2  # layers * (rank + rope dims) * bytes
+
+
+def test_a_rolling_cache_holds_the_window():
+    config = tiny("window_and_full", num_layers=2)
+    whole = transformer.kv_bytes_per_token(tiny(num_layers=2))
+    assert transformer.kv_bytes_per_token(config) == whole / 2 * (1 + 3 / LENGTH)
+    cache = transformer.init_cache(config, 1, LENGTH)
+    assert cache.layers["block_0"]["key"].shape[1] == 3 and cache.layers["block_1"]["key"].shape[1] == LENGTH
 
 
 def test_output_projections_start_smaller_by_the_root_of_twice_the_depth():
     config = tiny(model_dim=64, head_dim=16, mlp_dim=96)
     params = nn.meta.unbox(Transformer(config).init(jax.random.key(0), tokens_of()))["params"]["block_0"]
     for kernel in (params["attention"]["out"]["kernel"], params["mlp"]["down"]["kernel"]):
-        assert jnp.std(kernel) == pytest.approx(0.02 / 2, rel=0.05)
+        assert jnp.std(kernel) == pytest.approx(0.02 / 6**0.5, rel=0.05)
     assert jnp.std(params["attention"]["query"]["kernel"]) == pytest.approx(0.02, rel=0.05)
 
 
@@ -238,8 +234,54 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean():
         ({"mlp": "swiglue"}, "Unknown mlp 'swiglue'. Did you mean 'swiglu'"),
         ({"norm": "rmsnrm"}, "Unknown norm 'rmsnrm'. Did you mean 'rmsnorm'"),
         ({"position": "ropes"}, "Unknown position 'ropes'. Did you mean 'rope'"),
+        ({"pattern": "LX"}, "Unknown letter of model.pattern 'X'.*Choose from: L, P, S"),
+        ({"pattern": ""}, "Unknown letter of model.pattern ' '.*Choose from: L, P, S"),
+        ({"pattern": "P", "sparse": "stride(4)"}, "Unknown model.sparse 'stride'. Did you mean 'strided'"),
+        ({"pattern": "P", "sparse": "strided(stride=0)"}, "stride must be at least 1; try strided"),
+        ({"pattern": "P", "sparse": "fixed(stride=4, summary=5)"}, "summary must be between 1 and stride=4"),
+        ({"rope_scaling": "yarm(4)"}, "Unknown model.rope_scaling 'yarm'. Did you mean 'yarn'"),
+        ({"rope_scaling": "llama3(low=4)"}, "low=4.0 must be smaller than high=4.0"),
+        ({"rope_scaling": "linear(factor=0.5)"}, "factor=0.5 must be a finite number at least 1"),
+        ({"position": "alibi", "rope_scaling": "linear(factor=2)"}, "model.position=alibi with model.rope_scaling=lin"),
+        ({"moe": "softmax(experts=2, top_k=3)"}, "top_k=3.*experts=2"),
+        ({"moe": "softmx(experts=2)"}, "Unknown model.moe 'softmx'. Did you mean 'softmax'"),
     ],
-)  # fmt: skip
+)
 def test_an_architecture_that_does_not_fit_is_refused_before_anything_is_built(changes, message):
     with pytest.raises(UserError, match=message):
         transformer.check(tiny(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": 0}, "model.window=0 must be a finite number at least 1"),
+        ({"bias": "kv"}, "model.bias='kv' must be one of none, qkv, attention, all"),
+        ({"qk_norm": "heads"}, "model.qk_norm='heads' must be one of none, head, whole"),
+        ({"norm_placement": "mid"}, "model.norm_placement='mid' must be one of pre, post, sandwich"),
+        ({"embedding": "big"}, "model.embedding='big' must be one of plain, scaled, normed"),
+        ({"attention_softcap": -1.0}, "model.attention_softcap=-1.0 must be a finite number at least 0"),
+    ],
+)
+def test_a_field_out_of_range_is_refused_as_soon_as_it_is_set(changes, message):
+    with pytest.raises(UserError, match=message):
+        tiny(**changes)
+
+
+def test_text_longer_than_the_learned_positions_is_refused():
+    config = tiny("learned")
+    with pytest.raises(
+        UserError, match="9 tokens are more than the model.context_length=8 positions that were learned"
+    ):
+        forward(config)(params_of(config), tokens_of(length=LENGTH + 1))
+    with pytest.raises(UserError, match="A cache of 9 tokens needs model.context_length=9, not 8"):
+        transformer.init_cache(config, 1, LENGTH + 1)
+
+
+def test_mlps_with_a_gate_are_named_after_the_gated_linear_unit():
+    assert {name: is_gated(name) for name in MLPS} == {name: mlp.gated for name, mlp in MLPS.items()}
+
+
+def test_swapping_the_mlp_keeps_the_number_of_parameters():
+    sizes = {name: transformer.num_params(tiny(mlp=name, mlp_dim=0)) for name in MLPS}
+    assert len(set(sizes.values())) == 1

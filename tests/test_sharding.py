@@ -21,8 +21,8 @@ from tests.variants import VARIANTS, tiny
 
 AUTO = load("configs/tiny.py").sharding
 # every axis that fsdp may cut is a multiple of 8
-SIZES = {"vocab_size": 40, "model_dim": 32, "num_heads": 8, "num_kv_heads": 2, "mlp_dim": 48, "kv_lora_rank": 16,
-         "q_lora_rank": 8}  # fmt: skip
+SIZES = {"vocab_size": 40, "model_dim": 32, "num_heads": 8, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 48,
+         "kv_lora_rank": 16, "q_lora_rank": 8}  # fmt: skip
 
 
 def sized(variant, **changes):
@@ -126,7 +126,10 @@ def losses_of(config, decision, num_steps):
 
 @pytest.mark.parametrize(
     "variant",
-    ["gqa", "mla_q_lora"] + [pytest.param(v, marks=pytest.mark.exhaustive) for v in ("mqa", "mha", "mla", "untied")],
+    [
+        v if v in ("gqa", "mla_q_lora", "moe_sigmoid") else pytest.param(v, marks=pytest.mark.exhaustive)
+        for v in VARIANTS
+    ],
 )
 def test_eight_devices_follow_the_loss_of_one(variant):
     config = load("configs/tiny.py:warmup=2,lr=3e-3")

@@ -1,4 +1,4 @@
-"""NORMS: how activations are rescaled before each sub-layer."""
+"""NORMS: how activations are rescaled around each sub-layer."""
 
 import flax.linen as nn
 import jax
@@ -21,8 +21,8 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", logical(nn.initializers.ones, self.axis), (self.dim,), jnp.float32)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        # Llama casts before it multiplies; scale has rank 1, so it is lifted for rank_promotion="raise".
-        return x.astype(self.dtype) * jnp.expand_dims(scale, range(x.ndim - 1)).astype(self.dtype)
+        # Llama casts before it multiplies.
+        return x.astype(self.dtype) * _lift(scale, x.ndim).astype(self.dtype)
 
     @staticmethod
     def num_params(dim: int) -> int:
@@ -30,4 +30,48 @@ class RMSNorm(nn.Module):
         return dim
 
 
-NORMS = {"rmsnorm": RMSNorm}
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias, in float32. Ba et al. 2016, 1607.06450."""
+
+    dim: int
+    epsilon: float
+    dtype: str
+    axis: str = "embed"
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., dim] to [..., dim] in the compute dtype."""
+        scale = self.param("scale", logical(nn.initializers.ones, self.axis), (self.dim,), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        x = x * _lift(scale, x.ndim)
+        if self.use_bias:
+            bias = self.param("bias", logical(nn.initializers.zeros, self.axis), (self.dim,), jnp.float32)
+            x = x + _lift(bias, x.ndim)
+        return x.astype(self.dtype)
+
+    @staticmethod
+    def num_params(dim: int) -> int:
+        """Returns the number of parameters of one norm over `dim` entries."""
+        return 2 * dim
+
+
+class LayerNormWithoutBias(LayerNorm):
+    """LayerNorm with a scale alone, as in MPT and PaLM."""
+
+    use_bias: bool = False
+
+    @staticmethod
+    def num_params(dim: int) -> int:
+        """Returns the number of parameters of one norm over `dim` entries."""
+        return dim
+
+
+def _lift(vector: jax.Array, ndim: int) -> jax.Array:
+    """Returns the vector as [1, ..., 1, dim]: ranks must be equal under rank_promotion="raise"."""
+    return jnp.expand_dims(vector, range(ndim - 1))
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm, "layernorm_nobias": LayerNormWithoutBias}

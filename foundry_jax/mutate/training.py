@@ -1,6 +1,6 @@
 """Mutations of the training recipe."""
 
-from foundry_jax.config import OPTIMIZERS, SCHEDULES
+from foundry_jax.config import LOSSES, OPTIMIZERS, SCHEDULES
 from foundry_jax.errors import UserError
 from foundry_jax.registry import lookup
 
@@ -60,9 +60,31 @@ def ema(config, decay: str):
     return {"optimizer.ema_decay": decay}
 
 
+# The numbers that may follow the name of a loss, in order.
+LOSS_NUMBERS = {
+    "cross_entropy": (),
+    "focal": ("focal_gamma",),
+    "dpo": ("dpo_beta", "label_smoothing"),
+    "ipo": ("dpo_beta",),
+}
+
+
+def loss(config, name: str, *numbers: str):
+    """The training loss, and its numbers if they should change: cross_entropy, focal:gamma, dpo:beta:smoothing, ipo:beta."""
+    known = LOSS_NUMBERS[lookup(LOSSES, name, "loss") and name]
+    if len(numbers) > len(known):
+        raise UserError(f"loss={name} takes {':'.join((name, *known))}, not {':'.join((name, *numbers))!r}.")
+    return {"loss.name": name} | {f"loss.{key}": number for key, number in zip(known, numbers, strict=False)}
+
+
 def label_smoothing(config, epsilon: str):
-    """Probability mass spread evenly over the vocabulary in the training loss."""
+    """Probability mass spread evenly over the vocabulary in the training loss; of dpo, the share of swapped pairs."""
     return {"loss.label_smoothing": epsilon}
+
+
+def z_loss(config, weight: str):
+    """Weight of logsumexp(logits)^2 in the training loss."""
+    return {"loss.z_loss": weight}
 
 
 def steps(config, count: str):

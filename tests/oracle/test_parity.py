@@ -1,4 +1,4 @@
-"""The model against `transformers`: same weights, same logits, same gradients.
+"""The model against `transformers`: same weights, same logits, same gradients, for every family.
 
 Oracles are re-initialised away from their defaults (weights N(0, .15), 1-D tensors += N(0, .2)): with the defaults a
 wrong rotary pairing moves the logits by only 9e-3, so a sloppy model would pass. Measured floors between two correct
@@ -6,7 +6,9 @@ implementations at these sizes are 7e-6 on logits and 2e-6 relative on gradients
 """
 
 import dataclasses
+import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,148 +17,64 @@ import pytest
 from foundry_jax.config import load
 from foundry_jax.losses import token_statistics
 from foundry_jax.model import transformer
-from foundry_jax.model.mask import Placement
+from foundry_jax.model.mask import EMPTY, Placement
+from foundry_jax.model.mlp import moe
 from foundry_jax.model.transformer import Transformer
+from tests import reference
 
 pytestmark = pytest.mark.oracle
 torch = pytest.importorskip("torch", reason="needs the oracle extra: make oracle")
-transformers = pytest.importorskip("transformers", reason="needs the oracle extra: make oracle")
+pytest.importorskip("transformers", reason="needs the oracle extra: make oracle")
+families = pytest.importorskip("tests.oracle.families")
 
-ROPE = {"rope_type": "default", "rope_theta": 1e4}
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "rope_parameters": ROPE,
-    "attn_implementation": "eager",
-    "pad_token_id": None,
-}
-LATENT = {"kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
 LOGITS_ATOL, GRADIENT_RTOL = 5e-5, 1e-4
+# Keys' biases without rotary positions shift all logits of a query alike: their gradient is zero, and computed as 1e-9.
+GRADIENT_ATOL = 1e-7
 
 
-def config_of(hf, **changes):
-    """Returns our model config with a Hugging Face config's sizes."""
-    return dataclasses.replace(
-        load("configs/baseline.py").model,
-        vocab_size=hf.vocab_size,
-        context_length=32,
-        num_layers=hf.num_hidden_layers,
-        model_dim=hf.hidden_size,
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=hf.num_key_value_heads,
-        mlp_dim=hf.intermediate_size,
-        norm_epsilon=hf.rms_norm_eps,
-        tie_embeddings=hf.tie_word_embeddings,
-        **changes,
-    )
+def config_of(family, **changes):
+    """Returns our model config of a family."""
+    return dataclasses.replace(load("configs/baseline.py").model, **family.fields | changes)
 
 
-def reinitialised(model):
-    """Returns a torch model whose every weight matters."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            parameter.copy_(parameter + 0.2 * noise if parameter.ndim == 1 else 0.15 * noise)
-    return model.eval()
+def tokens_of(length=21):
+    """Returns tokens [3, length]."""
+    return np.random.default_rng(0).integers(0, families.VOCAB, (3, length))
 
 
-def llama(kv_heads, *, head_dim, tied):
-    """Returns (torch model, our config, our parameter path -> (their name, our shape))."""
-    hf = transformers.LlamaConfig(
-        **SIZES, num_key_value_heads=kv_heads, head_dim=head_dim, tie_word_embeddings=tied, rms_norm_eps=1e-5
-    )
-    config = config_of(hf, head_dim=head_dim)
-    names = common_names(config)
-    for i in range(config.num_layers):
-        ours, theirs = f"block_{i}/attention", f"model.layers.{i}.self_attn"
-        heads, kv = (config.num_heads, head_dim), (kv_heads, head_dim)
-        names[f"{ours}/query/kernel"] = (f"{theirs}.q_proj.weight", (64, *heads))
-        names[f"{ours}/key/kernel"] = (f"{theirs}.k_proj.weight", (64, *kv))
-        names[f"{ours}/value/kernel"] = (f"{theirs}.v_proj.weight", (64, *kv))
-        names[f"{ours}/out/kernel"] = (f"{theirs}.o_proj.weight", (*heads, 64))
-    return reinitialised(transformers.LlamaForCausalLM(hf)), config, names
+@functools.cache
+def oracle_of(name):
+    """Returns (family, torch model, our config, our parameters)."""
+    family = families.FAMILIES[name]
+    model = family.make()
+    return family, model, config_of(family), {"params": families.converted(family, families.tensors(model))}
 
 
-def deepseek_v3(q_lora_rank):
-    """Returns the same for DeepSeek-V3's latent attention in a dense model."""
-    hf = transformers.DeepseekV3Config(
-        **SIZES, **LATENT, q_lora_rank=q_lora_rank, num_key_value_heads=4, first_k_dense_replace=2, n_routed_experts=8,
-        n_shared_experts=2, num_experts_per_tok=3, n_group=4, topk_group=2, moe_intermediate_size=48, num_mtp_layers=0,
-        rms_norm_eps=1e-5)  # fmt: skip
-    config = config_of(hf, attention="mla", q_lora_rank=q_lora_rank or 0, **LATENT)
-    names = common_names(config)
-    qk = LATENT["qk_nope_head_dim"] + LATENT["qk_rope_head_dim"]
-    for i in range(config.num_layers):
-        ours, theirs = f"block_{i}/attention", f"model.layers.{i}.self_attn"
-        if q_lora_rank:
-            names[f"{ours}/query_down/kernel"] = (f"{theirs}.q_a_proj.weight", (64, q_lora_rank))
-            names[f"{ours}/query_norm/scale"] = (f"{theirs}.q_a_layernorm.weight", (q_lora_rank,))
-            names[f"{ours}/query_up/kernel"] = (f"{theirs}.q_b_proj.weight", (q_lora_rank, 4, qk))
-        else:
-            names[f"{ours}/query/kernel"] = (f"{theirs}.q_proj.weight", (64, 4, qk))
-        names[f"{ours}/kv_down/kernel"] = (f"{theirs}.kv_a_proj_with_mqa.weight", (64, 20 + 8))
-        names[f"{ours}/kv_norm/scale"] = (f"{theirs}.kv_a_layernorm.weight", (20,))
-        names[f"{ours}/kv_up/kernel"] = (f"{theirs}.kv_b_proj.weight", (20, 4, 12 + 10))
-        names[f"{ours}/out/kernel"] = (f"{theirs}.o_proj.weight", (4, 10, 64))
-    return reinitialised(transformers.DeepseekV3ForCausalLM(hf)), config, names
+# These differ from another family in nothing that a cache could see; each case compiles two programs.
+SAME_CACHE = (
+    "llama_rope_linear", "llama_rope_llama3", "llama_rope_yarn_mscale", "llama_geglu", "llama_geglu_tanh", "llama_glu",
+    "llama_attention_biases", "nemotron_relu2", "mixtral", "deepseek_v2_groups", "deepseek_v3_q_lora", "mpt_4_heads",
+    "bloom_4_heads")  # fmt: skip
 
 
-def common_names(config):
-    """Returns the names that all of them share."""
-    names = {
-        "embed/embedding": ("model.embed_tokens.weight", None),
-        "final_norm/scale": ("model.norm.weight", (64,)),
-    }
-    if not config.tie_embeddings:
-        names["unembed/kernel"] = ("lm_head.weight", (64, 97))
-    for i in range(config.num_layers):
-        ours, theirs = f"block_{i}", f"model.layers.{i}"
-        names[f"{ours}/attention_norm/scale"] = (f"{theirs}.input_layernorm.weight", (64,))
-        names[f"{ours}/mlp_norm/scale"] = (f"{theirs}.post_attention_layernorm.weight", (64,))
-        for part in ("gate", "up"):
-            names[f"{ours}/mlp/{part}/kernel"] = (f"{theirs}.mlp.{part}_proj.weight", (64, config.mlp_dim))
-        names[f"{ours}/mlp/down/kernel"] = (f"{theirs}.mlp.down_proj.weight", (config.mlp_dim, 64))
-    return names
-
-
-def converted(tensors, names):
-    """Returns our tree of {their name: [out, in] array}; a None shape keeps the layout."""
-    tree = {}
-    for path, (name, shape) in names.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        array = tensors[name].detach().numpy()
-        node[leaf] = jnp.asarray(array if shape is None else array.T.reshape(shape))
-    return {"params": tree}
-
-
-CASES = {
-    "llama_mha_untied": lambda: llama(4, head_dim=16, tied=False),
-    "llama_gqa_tied_wide_heads": lambda: llama(2, head_dim=24, tied=True),
-    "llama_mqa": lambda: llama(1, head_dim=24, tied=True),
-    "deepseek_v3": lambda: deepseek_v3(None),
-    "deepseek_v3_q_lora": lambda: deepseek_v3(24),
-}
-
-
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=families.FAMILIES)
 def oracle(request):
-    """(torch model, our config, our parameters, name table, tokens [3, 21])."""
-    model, config, names = CASES[request.param]()
-    params = converted(dict(model.named_parameters()), names)
-    assert sum(p.numel() for p in model.parameters()) == sum(x.size for x in jax.tree.leaves(params))
-    return model, config, params, names, np.random.default_rng(0).integers(1, 97, (3, 21))
+    """What oracle_of returns, for each family."""
+    return oracle_of(request.param)
+
+
+def test_names_cover_every_parameter_in_both_directions(oracle):
+    """families.converted has checked that every tensor of theirs is used exactly once."""
+    _, _, config, params = oracle
+    ours = nn.meta.unbox(jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0))))
+    shapes = functools.partial(jax.tree.map, lambda x: x.shape)
+    assert shapes(params["params"]) == shapes(ours)
 
 
 def test_logits_and_gradients_equal_the_oracles(oracle):
-    model, config, params, names, tokens = oracle
+    family, model, config, params = oracle
+    tokens = tokens_of()
+    model.zero_grad()
     theirs = model(input_ids=torch.tensor(tokens), labels=torch.tensor(tokens))
     theirs.loss.backward()
 
@@ -167,17 +85,24 @@ def test_logits_and_gradients_equal_the_oracles(oracle):
     (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(logits, theirs.logits.detach().numpy(), atol=LOGITS_ATOL)
     assert float(value) == pytest.approx(theirs.loss.item(), rel=1e-5)
-    expected = converted({name: p.grad for name, p in model.named_parameters()}, names)
+    gradients_equal(grads, family, model)
+
+
+def gradients_equal(ours, family, model):
+    """Asserts that our gradients are those that torch has left in the model."""
 
     def close(path, ours, oracles):
-        limit = GRADIENT_RTOL * float(jnp.abs(oracles).max())
-        np.testing.assert_allclose(ours, oracles, atol=limit, err_msg=str(path))
+        limit = max(GRADIENT_RTOL * np.abs(oracles).max(), GRADIENT_ATOL)
+        np.testing.assert_allclose(ours, oracles, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
 
-    jax.tree_util.tree_map_with_path(close, grads, expected)
+    expected = {"params": families.converted(family, families.gradients(model), offset=False)}
+    jax.tree_util.tree_map_with_path(close, ours, expected)
 
 
-def test_cached_decoding_equals_the_oracles_forward_pass(oracle):
-    model, config, params, _, tokens = oracle
+@pytest.mark.parametrize("name", [name for name in families.FAMILIES if name not in SAME_CACHE])
+def test_cached_decoding_equals_the_oracles_forward_pass(name):
+    _, model, config, params = oracle_of(name)
+    tokens = tokens_of()
     with torch.no_grad():
         expected = model(input_ids=torch.tensor(tokens)).logits.numpy()
     decode = jax.jit(lambda tokens, placement, cache: Transformer(config).apply(params, tokens, placement, cache))
@@ -189,3 +114,106 @@ def test_cached_decoding_equals_the_oracles_forward_pass(oracle):
         parts.append(logits)
         start += length
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=LOGITS_ATOL)
+
+
+def model_and_reference(config, params, tokens, positions=None, segments=None):
+    """Returns the logits of our model, and those of the reference that the contract suite holds it against."""
+    placement = None
+    if positions is not None:
+        placement = Placement(jnp.asarray(positions), None if segments is None else jnp.asarray(segments))
+    logits, _ = jax.jit(Transformer(config).apply)(params, tokens, placement)
+    return logits, reference.logits(config, params, tokens, positions, segments)
+
+
+def pairs(length):
+    """Returns (positions of queries [L, 1], of keys [1, L])."""
+    return np.arange(length)[:, None], np.arange(length)[None, :]
+
+
+def window(query, key):
+    return (key <= query) & (key > query - 5)
+
+
+def strided(query, key):
+    return (key <= query) & ((query - key < 4) | ((query - key) % 4 == 0))
+
+
+def fixed(query, key):
+    return (key <= query) & ((key // 5 == query // 5) | (key % 5 >= 3))
+
+
+@pytest.mark.parametrize("name", ["llama_gqa_wide_heads", "deepseek_v3_dense"])
+@pytest.mark.parametrize(
+    ("visible", "fields"),
+    [
+        (window, {"pattern": "S", "window": 5}),
+        (strided, {"pattern": "P", "sparse": "strided(stride=4)"}),
+        (fixed, {"pattern": "P", "sparse": "fixed(stride=5, summary=2)"}),
+    ],
+)
+def test_masked_layers_equal_the_oracle_under_the_same_mask(name, visible, fields):
+    """transformers adds a float mask of four dimensions; a boolean one would be added too, as 0 and 1."""
+    family, model, _, params = oracle_of(name)
+    tokens = tokens_of()
+    mask = np.where(visible(*pairs(21)), 0.0, np.finfo(np.float32).min).astype(np.float32)
+    with torch.no_grad():
+        expected = model(
+            input_ids=torch.tensor(tokens), attention_mask=torch.tensor(np.tile(mask, (3, 1, 1, 1)))
+        ).logits.numpy()
+    for ours in model_and_reference(config_of(family, **fields), params, tokens):
+        np.testing.assert_allclose(ours, expected, atol=LOGITS_ATOL)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa_wide_heads", "mistral_window", "mixtral", "deepseek_v3_yarn"])
+def test_packed_documents_equal_the_oracles_packed_documents(name):
+    """transformers takes positions that restart for documents, as long as use_cache is off."""
+    _, model, config, params = oracle_of(name)
+    tokens, lengths = tokens_of(), [5, 9, 7]
+    positions = np.concatenate([np.arange(n) for n in lengths])[None, :].repeat(3, axis=0)
+    segments = np.repeat(np.arange(3), lengths)[None, :].repeat(3, axis=0)
+    with torch.no_grad():
+        expected = model(
+            input_ids=torch.tensor(tokens), position_ids=torch.tensor(positions), use_cache=False
+        ).logits.numpy()
+    for ours in model_and_reference(config, params, tokens, positions, segments):
+        np.testing.assert_allclose(ours, expected, atol=LOGITS_ATOL)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa_wide_heads", "mistral_window", "mixtral", "bloom_6_heads", "gpt2"])
+def test_left_padding_equals_the_oracles_left_padding(name):
+    _, model, config, params = oracle_of(name)
+    tokens, padding = tokens_of(), np.array([0, 4, 11])
+    positions = np.arange(21)[None, :] - padding[:, None]
+    real = positions >= 0
+    at = {} if name.startswith("bloom") else {"position_ids": torch.tensor(np.maximum(positions, 0))}
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(real.astype(int)), **at).logits
+    for ours in model_and_reference(config, params, tokens, np.where(real, positions, EMPTY)):
+        np.testing.assert_allclose(np.asarray(ours)[real], expected.numpy()[real], atol=LOGITS_ATOL)
+
+
+@pytest.mark.parametrize(("name", "padding"), [("mixtral", (0, 0, 0)), ("qwen3_moe", (0, 4, 11))])
+def test_router_losses_and_their_gradients_equal_the_oracles(name, padding):
+    """Load balance and z, over the tokens of all layers together; padding does not count."""
+    family, model, config, params = oracle_of(name)
+    tokens = tokens_of()
+    real = np.arange(21)[None, :] < 21 - np.array(padding)[:, None]
+    placement = Placement(jnp.asarray(np.where(real, np.arange(21), EMPTY)))
+    model.zero_grad()
+    mask = torch.tensor(real.astype(int))
+    theirs = model(input_ids=torch.tensor(tokens), attention_mask=mask, output_router_logits=True)
+    logits = torch.stack(theirs.router_logits).reshape(families.LAYERS, 3, 21, -1)[:, torch.tensor(real)]
+    their_z = (torch.logsumexp(logits, dim=-1) ** 2).mean()
+    (theirs.aux_loss + 0.1 * their_z).backward()
+
+    def loss(params):
+        _, sown = Transformer(config).apply(params, tokens, placement, mutable=["router"])
+        stats = transformer.router_stats(sown)
+        balance, z = moe.router_losses(stats)
+        return balance + 0.1 * z, (balance, z, jnp.sum(stats.dropped))
+
+    (_, (balance, z, dropped)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert float(balance) == pytest.approx(theirs.aux_loss.item(), rel=1e-5)
+    assert float(z) == pytest.approx(their_z.item(), rel=1e-5)
+    assert float(dropped) == 0
+    gradients_equal(grads, family, model)

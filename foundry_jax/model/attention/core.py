@@ -4,35 +4,55 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from foundry_jax.model.mask import Mask
+from foundry_jax.model.layout import Layout
+from foundry_jax.model.mask import EMPTY, Causal, Mask, Window
 
 HIDDEN = -1e30  # logit of a masked key: exp(HIDDEN - max) is exactly 0, and no row of it becomes NaN
 
 
-def attend(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, *, scale: float) -> jax.Array:
+def attend(
+    q_BLNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    slopes_N: np.ndarray | None = None,
+) -> jax.Array:
     """Returns softmax(scale q k^T where the mask allows) v as y_BLNH; the softmax is float32.
 
     N is a multiple of K: query head n reads key/value head n // (N // K). v may have another head dim than q, k.
+    A query at position EMPTY gets 0. Of an aligned mask only the pairs of its spec's arrangement are computed.
+
+    Args:
+        softcap: c > 0 turns the scaled products x into c tanh(x / c).
+        slopes_N: ALiBi: each head adds its slope times (key position - query position) to those.
     """
-    if _fits_flash_attention(q_BLNH, v_BSKH, mask):
-        return jax.nn.dot_product_attention(q_BLNH, k_BSKH, v_BSKH, scale=scale, is_causal=True, implementation="cudnn")
-    B, L, N, H = q_BLNH.shape
-    K = k_BSKH.shape[2]
-    # Queries of one key/value head are stacked along L, so that each head is one plain matrix product.
-    q = jnp.swapaxes(q_BLNH.reshape(B, L, K, N // K, H), 1, 3).swapaxes(1, 2).reshape(B, K, N // K * L, H)
-    k, v = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    y = _attend(q, k, v, mask.matrix(), scale)
-    y = y.reshape(B, K, N // K, L, v.shape[-1]).transpose(0, 3, 1, 2, 4)
-    return y.reshape(B, L, N, v.shape[-1])
+    if _fits_flash_attention(q_BLNH, k_BSKH, v_BSKH, mask, softcap, slopes_N):
+        return _flash_attention(q_BLNH, k_BSKH, v_BSKH, mask.spec, scale)
+    parts = mask.spec.arrangement(q_BLNH.shape[1]) if mask.aligned else ((mask.spec, Layout()),)
+    results = [
+        _attend_part(q_BLNH, k_BSKH, v_BSKH, mask.replace(spec=spec), layout, scale, softcap, slopes_N)
+        for spec, layout in parts
+    ]
+    y_BLNH = results[0][0] if len(results) == 1 else _merge(results)
+    if mask.contiguous:
+        return y_BLNH
+    return jnp.where((mask.queries.positions_BL != EMPTY)[:, :, None, None], y_BLNH, 0)
 
 
-def _fits_flash_attention(q: jax.Array, v: jax.Array, mask: Mask) -> bool:
+def _fits_flash_attention(q, k, v, mask: Mask, softcap, slopes_N) -> bool:
     """Returns whether cuDNN's fused kernel computes this: a GPU, half precision, whole causal sequences."""
     return (
         jax.default_backend() == "gpu"
         and mask.contiguous
-        and q.dtype == jnp.bfloat16
+        and isinstance(mask.spec, (Causal, Window))
+        and not softcap
+        and slopes_N is None
+        and q.dtype == k.dtype == v.dtype == jnp.bfloat16
         and q.shape[-1] == v.shape[-1]
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128
@@ -40,40 +60,96 @@ def _fits_flash_attention(q: jax.Array, v: jax.Array, mask: Mask) -> bool:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_BKTH, k_BKSH, v_BKSH, mask_BLS, scale):
-    """Attention of T = G*L stacked queries per key/value head.
+def _flash_attention(q_BLNH, k_BLKH, v_BLKH, spec: Causal | Window, scale):
+    narrow = isinstance(spec, Window) and spec.size < q_BLNH.shape[1]
+    window = (spec.size - 1, 0) if narrow else None  # how many keys before the query's own, and how many after
+    return jax.nn.dot_product_attention(
+        q_BLNH, k_BLKH, v_BLKH, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
+    )
+
+
+def _attend_part(q_BLNH, k_BSKH, v_BSKH, mask: Mask, layout: Layout, scale, softcap, slopes_N):
+    """Returns (y_BLNH, lse_BLN in float32) of the pairs that one layout computes; lse is log(sum(exp(logits)))."""
+    length, K = q_BLNH.shape[1], k_BSKH.shape[2]
+    positions_BS = mask.keys.positions_BL
+    mask = mask.replace(
+        queries=jax.tree.map(lambda x: layout.queries(x, EMPTY), mask.queries),
+        keys=jax.tree.map(lambda x: layout.keys(x, positions_BS, EMPTY), mask.keys),
+    )
+    q_BCTNH = layout.queries(q_BLNH)
+    B, C, T, N, H = q_BCTNH.shape
+    G = N // K
+    # Groups become rows of the batch, and the queries of one key/value head are stacked: each is one plain product.
+    q = q_BCTNH.reshape(B * C, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * C, K, G * T, H)
+    k, v = (_as_rows(layout.keys(x, positions_BS), B).swapaxes(1, 2) for x in (k_BSKH, v_BSKH))
+    bias = None
+    if slopes_N is not None:
+        bias = jnp.asarray(slopes_N, jnp.float32).reshape(K, G), _as_rows(mask.distance(), B)
+    y, lse = _attend(q, k, v, _as_rows(mask.matrix(), B), bias, scale, softcap)
+    y_BCTNH = y.reshape(B * C, K, G, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, C, T, N, -1)
+    lse_BCTN = lse.reshape(B * C, K, G, T).transpose(0, 3, 1, 2).reshape(B, C, T, N)
+    return layout.restore(y_BCTNH, length), layout.restore(lse_BCTN, length)
+
+
+def _as_rows(x_BCx, B: int):
+    """Returns x with its C groups as B * C rows, or as one row if that stands for all."""
+    if x_BCx.shape[:2] == (1, 1):
+        return x_BCx[0]
+    return jnp.broadcast_to(x_BCx, (B, *x_BCx.shape[1:])).reshape(-1, *x_BCx.shape[2:])
+
+
+def _merge(results):
+    """Returns y_BLNH over all keys from the (y_BLNH, lse_BLN) of parts; one that saw no key weighs exactly 0."""
+    top_BLN = functools.reduce(jnp.maximum, [jax.lax.stop_gradient(lse_BLN) for _, lse_BLN in results])
+    weights = [jnp.exp(lse_BLN - top_BLN) for _, lse_BLN in results]
+    total_BLN = sum(weights)
+    y_BLNH = sum((w / total_BLN)[..., None] * y for w, (y, _) in zip(weights, results, strict=True))
+    return y_BLNH.astype(results[0][0].dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q_BKTH, k_BKSH, v_BKSH, mask_BLS, bias, scale, softcap):
+    """Returns (y_BKTH, log-sum-exp of the logits) for T = G*L stacked queries per key/value head.
 
     The backward pass is written out: with the probabilities kept and plain batched products it takes half
     the time on XLA:CPU of differentiating the einsum (31 ms against 61 ms at 8x256x6x64, jax 0.10.2).
     """
-    return _attend_forward(q_BKTH, k_BKSH, v_BKSH, mask_BLS, scale)[0]
+    return _attend_forward(q_BKTH, k_BKSH, v_BKSH, mask_BLS, bias, scale, softcap)[0]
 
 
-def _attend_forward(q, k, v, mask_BLS, scale):
-    probs = _probabilities(q, k, mask_BLS, scale)
-    return probs.astype(v.dtype) @ v, (q, k, v, probs)
+def _attend_forward(q, k, v, mask_BLS, bias, scale, softcap):
+    logits = (q @ jnp.swapaxes(k, 2, 3)).astype(jnp.float32) * scale
+    capped = jnp.tanh(logits / softcap) if softcap else None
+    probs, lse = _probabilities(logits if capped is None else softcap * capped, mask_BLS, bias)
+    return (probs.astype(v.dtype) @ v, lse), (q, k, v, probs, capped)
 
 
-def _attend_backward(scale, residuals, dy):
-    q, k, v, probs = residuals
+def _attend_backward(scale, softcap, residuals, cotangents):
+    q, k, v, probs, capped = residuals
+    dy, dlse = cotangents
     dv = jnp.swapaxes(probs.astype(v.dtype), 2, 3) @ dy
     dprobs = (dy @ jnp.swapaxes(v, 2, 3)).astype(jnp.float32)
-    dlogits = probs * (dprobs - jnp.sum(dprobs * probs, axis=-1, keepdims=True))
+    dlogits = probs * (dprobs - (jnp.sum(dprobs * probs, axis=-1) - dlse)[..., None])
+    if softcap:
+        dlogits *= 1 - jnp.square(capped)
     dlogits = (dlogits * scale).astype(q.dtype)
-    return dlogits @ k, jnp.swapaxes(dlogits, 2, 3) @ q, dv, None
+    return dlogits @ k, jnp.swapaxes(dlogits, 2, 3) @ q, dv, None, None
 
 
-def _probabilities(q, k, mask_BLS, scale):
-    """Returns float32 probs_BKTS; a masked key gets exactly 0."""
-    B, K, T, _ = q.shape
-    L, S = mask_BLS.shape[1:]
-    logits = (q @ jnp.swapaxes(k, 2, 3)).astype(jnp.float32) * scale
-    logits = logits.reshape(B, K, T // L, L, S)
+def _probabilities(logits_BKTS, mask_BLS, bias):
+    """Returns float32 (probs_BKTS, lse_BKT); a masked key gets exactly 0."""
+    B, K, T, S = logits_BKTS.shape
+    L = mask_BLS.shape[1]
+    logits = logits_BKTS.reshape(B, K, T // L, L, S)
+    if bias is not None:
+        slopes_KG, distance_BLS = bias
+        logits += slopes_KG[None, :, :, None, None] * distance_BLS[:, None, None]
     logits = jnp.where(mask_BLS[:, None, None], logits, HIDDEN).reshape(B, K, T, S)
-    logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.exp(logits)
-    return weights / jnp.sum(weights, axis=-1, keepdims=True)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    # Where nobody reads the sum, XLA:CPU does all of this in one pass; reading it costs a tenth of the whole attention.
+    return weights / total, (top + jnp.log(total))[..., 0]
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -4,14 +4,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from foundry_jax.model.attention import cache as cache_lib
+from foundry_jax.model.attention.cache import Slots
 from foundry_jax.model.attention.core import attend
 from foundry_jax.model.config import ModelConfig
 from foundry_jax.model.layers import Linear, constrain, output_std
 from foundry_jax.model.mask import Mask
 from foundry_jax.model.norm import RMSNorm
-from foundry_jax.model.position import rope
-from foundry_jax.schema import require
+from foundry_jax.model.position import logit_temperature, position_of
 
 LATENT_NORM_EPSILON = 1e-6  # DeepSeek's latent norms use it whatever the model's own epsilon
 
@@ -27,38 +26,38 @@ class MultiHeadLatentAttention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, mask: Mask, cache: dict | None, slots_BL: jax.Array | None):
-        """Returns (y_BLD, cache); with a cache, new latents are stored at slots_BL and all are read."""
+    def __call__(self, x_BLD: jax.Array, mask: Mask, cache: dict | None, slots: Slots | None):
+        """Returns (y_BLD, cache); with a cache, new latents go to their slots."""
         c = self.config
-        positions_BL = mask.queries.positions_BL
+        position, positions_BL = position_of(c), mask.queries.positions_BL
         q_nope_BLNH, q_rope_BLNH = jnp.split(self._queries(x_BLD), [c.qk_nope_head_dim], axis=-1)
-        q_rope_BLNH = rope(q_rope_BLNH, positions_BL, c.rope_theta, interleaved=True)
+        q_rope_BLNH = position.rotate(c, q_rope_BLNH, positions_BL, interleaved=True)
         down = Linear(
             (c.model_dim,), (c.kv_lora_rank + c.qk_rope_head_dim,), ("embed", "kv_lora"), c.dtype, name="kv_down"
         )
         latent_BLR, k_rope_BLH = jnp.split(down(x_BLD), [c.kv_lora_rank], axis=-1)
         latent_BLR = self._norm("kv_norm", c.kv_lora_rank, "kv_lora")(latent_BLR)
-        k_rope_BLH = rope(k_rope_BLH[:, :, None], positions_BL, c.rope_theta, interleaved=True)[:, :, 0]
+        k_rope_BLH = position.rotate(c, k_rope_BLH[:, :, None], positions_BL, interleaved=True)[:, :, 0]
         up_shape = (c.num_heads, c.qk_nope_head_dim + c.v_head_dim)
         up = Linear((c.kv_lora_rank,), up_shape, ("kv_lora", "heads", "head_dim"), c.dtype, name="kv_up")
-        scale = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5
+        scale = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5 * logit_temperature(c)
+        options = {"scale": scale, "softcap": c.attention_softcap, "slopes_N": position.slopes(c.num_heads)}
         if cache is None:
             k_nope_BLNH, v_BLNH = jnp.split(up(latent_BLR), [c.qk_nope_head_dim], axis=-1)
             k_rope_BLNH = jnp.broadcast_to(k_rope_BLH[:, :, None], (*k_nope_BLNH.shape[:3], c.qk_rope_head_dim))
             q_BLNH = jnp.concatenate([q_nope_BLNH, q_rope_BLNH], axis=-1)
             k_BLNH = jnp.concatenate([k_nope_BLNH, k_rope_BLNH], axis=-1)
             q_BLNH = constrain(q_BLNH, "activation_batch", "activation_length", "activation_heads", None)
-            y_BLNH = attend(q_BLNH, k_BLNH, v_BLNH, mask, scale=scale)
+            y_BLNH = attend(q_BLNH, k_BLNH, v_BLNH, mask, **options)
         else:
-            cache = {
-                "latent": cache_lib.write(cache["latent"], latent_BLR, slots_BL),
-                "key_rope": cache_lib.write(cache["key_rope"], k_rope_BLH, slots_BL),
-            }
+            latent, latent_BSR = slots.update(cache["latent"], latent_BLR)
+            key_rope, k_rope_BSH = slots.update(cache["key_rope"], k_rope_BLH)
+            cache = {"latent": latent, "key_rope": key_rope}
             key_up_RNH, value_up_RNH = jnp.split(up.kernel(), [c.qk_nope_head_dim], axis=-1)
             q_BLNR = jnp.einsum("BLNH,RNH->BLNR", q_nope_BLNH, key_up_RNH)
             q_BLNH = jnp.concatenate([q_BLNR, q_rope_BLNH], axis=-1)
-            k_BSH = jnp.concatenate([cache["latent"], cache["key_rope"]], axis=-1)
-            y_BLNR = attend(q_BLNH, k_BSH[:, :, None], cache["latent"][:, :, None], mask, scale=scale)
+            k_BSH = jnp.concatenate([latent_BSR, k_rope_BSH], axis=-1)
+            y_BLNR = attend(q_BLNH, k_BSH[:, :, None], latent_BSR[:, :, None], mask, **options)
             y_BLNH = jnp.einsum("BLNR,RNH->BLNH", y_BLNR, value_up_RNH)
         out_axes = ("heads", "head_dim", "embed")
         heads = (c.num_heads, c.v_head_dim)
@@ -80,9 +79,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     @staticmethod
     def check(config: ModelConfig) -> None:
-        """Raises UserError unless the rotary dims come in pairs."""
-        dim = config.qk_rope_head_dim
-        require(dim % 2 == 0, f"model.qk_rope_head_dim={dim} must be even for RoPE; try {dim + 1}.")
+        """Raises nothing: every size fits."""
 
     @staticmethod
     def init_cache(config: ModelConfig, batch_size: int, length: int, dtype: str) -> dict:
