@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TARGET, MEASURED = ROOT / "docs" / "variants.md", ROOT / "docs" / "variants.json"
 CONFIG = "configs/tiny.py"
 BASELINE = "gqa"
-SEEDS, STEPS = 3, 100
+SEEDS, STEPS = 3, 80
 
 # Mutations whose values are numbers, and with which value they are shown.
 NUMBERS = ("softcap", "sliding_window", "pattern=SSSL", "tie_embeddings=false", "label_smoothing=0.1", "z_loss=1e-4")

@@ -51,7 +51,7 @@ def param_table(config: Config, plan: Plan) -> list[ParamRow]:
 
 def memory(config: Config, plan: Plan) -> sharding.MemoryEstimate:
     """Returns the estimated bytes per device of one training step."""
-    micro_batch = config.data.batch_size // config.optimizer.accumulation_steps
+    micro_batch = math.prod(config.batch_shape[:-1]) // config.optimizer.accumulation_steps
     num_params, slots = transformer.num_params(config.model), NUM_MOMENTS[config.optimizer.name]
     return sharding.estimate_memory(config.model, num_params, plan, micro_batch, optimizer_slots=slots)
 
@@ -71,8 +71,7 @@ def strategies_that_fit(config: Config, num_devices: int, device_bytes: int) -> 
 def compiled_step(config: Config, plan: Plan) -> dict[str, Any]:
     """Returns the collectives of the compiled training step and the bytes per device that XLA sets aside."""
     with plan.context():
-        batch_shape = (config.data.batch_size, config.model.context_length)
-        compiled = compilation.compile_train_step(Program.of(config), plan, batch_shape)
+        compiled = compilation.compile_train_step(Program.of(config), plan, config.batch_shape)
     found = re.findall(rf"= \S+ ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text())
     planned = compiled.memory_analysis()
     return {

@@ -10,12 +10,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-# Logits of one device, in elements. Below WHOLE_LOGITS they are made at once: 512 MiB in float32. Above it, in pieces
-# of at most PIECE_LOGITS.
+# Elements of one device. Up to WHOLE_LOGITS (512 MiB) all logits exist at once, above it PIECE_LOGITS at a time. CPU
+# time of value and gradients in pieces, against at once: 1.24 at 2^24 logits, 0.80 at 2^27, 0.89 at 2^28, and within
+# 0.1 of that for pieces of 2^23 to 2^26 (vocabularies of 8,192 and 128,256; 2 busy cores, jax 0.10.2, 2026-11).
 WHOLE_LOGITS = 2**27
 PIECE_LOGITS = 2**25
 
+# Rows of the kernel's gradient that are summed at a time. With 2048 at once, a step over a kernel of [2048, 128256]
+# takes three times the memory (0.30 of that of all logits, against 0.11; XLA:CPU, 2026-11).
 KERNEL_ROWS = 512
+
 SMALLEST_MISS = 1e-7  # of 1 - p in the focal loss: the gradient of its power is infinite at 0
 
 

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from foundry_jax.config import ShardingConfig
 from foundry_jax.errors import UserError
+from foundry_jax.losses import num_chunks
 from foundry_jax.model import transformer
 from foundry_jax.model.config import ModelConfig
 from foundry_jax.model.mlp.moe import moe_of
@@ -206,7 +207,7 @@ def estimate_memory(
 
     Parameters, their moments, average and gradients are float32. Activations are what the backward pass keeps of every
     layer under the remat policy, all of the one layer that it is working on, and the logits twice (values and
-    gradients).
+    gradients), or a piece of them.
     """
     copy = 4 * num_params // (plan.fsdp * plan.tensor)
     tokens = math.ceil(batch_size / plan.batch_shards) * model.context_length
@@ -230,5 +231,8 @@ def _activation_bytes(m: ModelConfig, tokens: int, tensor: int) -> int:
     everything = width * (6 * m.model_dim + 2 * inner) + probabilities
     kept = {"none": everything, "dots": width * (3 * m.model_dim + inner), "full": width * m.model_dim}[m.remat]
     working = 0 if m.remat == "none" else everything
-    logits = 2 * 4 * m.vocab_size // tensor
-    return tokens * (m.num_layers * kept + working + logits)
+    chunks = num_chunks(tokens, m.context_length, m.vocab_size)
+    logits = 2 * 4 * tokens * m.vocab_size // chunks // tensor
+    if chunks > 1:  # the gradient of the output map is summed beside them
+        logits += 4 * m.model_dim * m.vocab_size // tensor
+    return tokens * (m.num_layers * kept + working) + logits

@@ -30,3 +30,19 @@ def shared_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip("no folder of real data beside the checkout")
     return folder
+
+
+MAPS_LIMIT = 30_000  # Linux refuses a process more than 65530 memory maps; XLA:CPU takes 50 to 400 for each program
+
+
+@pytest.fixture(autouse=True)
+def no_more_memory_maps_than_linux_allows():
+    """Forgets compiled programs once they take up many memory maps: beyond the limit, compiling fails."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS_LIMIT:
+        from tests import variants
+
+        for cached in (variants.forward, variants.placed, variants.decoder, variants.gradient):
+            cached.cache_clear()
+        jax.clear_caches()

@@ -26,10 +26,18 @@ from tests.variants import AXES, LENGTH, VARIANTS, forward, pairs, params_of, ti
 variants = pytest.mark.parametrize("variant", VARIANTS)
 exhaustive = pytest.mark.exhaustive
 
-# Each of these compiles a gradient or two; variants that share code with the ones named run in `make test-all` only.
-COSTLY = {
-    "scanned_layers_compute_the_same": {"gqa", "mla_q_lora", "window_and_full", "moe_unnormalized"},
-    "recomputation_changes_neither_loss_nor_gradient": {"gqa", "strided", "moe_sigmoid"},
+# Contracts that compile a program of their own run in `make test` for variants that could break them; for the others,
+# which share that code with one of those, in `make test-all`.
+SEEN_BY_THE_CACHE = {"gqa", "mqa", "mla", "mla_q_lora", "qk_norm_whole", *AXES["pattern"], *AXES["position"],
+                     "rope_yarn", "moe_sigmoid"}  # fmt: skip
+OFTEN = {
+    "cached_decoding_equals_the_full_forward_pass": SEEN_BY_THE_CACHE,
+    "rows_may_stand_at_different_positions_in_the_cache": SEEN_BY_THE_CACHE,
+    "packed_documents_equal_separate_ones": SEEN_BY_THE_CACHE,
+    "padding_changes_nothing": SEEN_BY_THE_CACHE,
+    "bfloat16_stays_close_to_float32": {"gqa", "mla", "fixed", "alibi", "layernorm", "moe_softmax"},
+    "scanned_layers_compute_the_same": {"gqa", "window_and_full", "moe_unnormalized"},
+    "recomputation_changes_neither_loss_nor_gradient": {"mla_q_lora", "strided", "moe_sigmoid"},
 }
 
 
@@ -38,7 +46,7 @@ def contracts():
     for variant in VARIANTS:
         for check in contract.CONTRACTS:
             name = check.__name__
-            marks = [exhaustive] if variant not in COSTLY.get(name, VARIANTS) else []
+            marks = [exhaustive] if variant not in OFTEN.get(name, VARIANTS) else []
             yield pytest.param(variant, check, id=f"{variant}-{name}", marks=marks)
 
 
@@ -60,9 +68,8 @@ OF_PAIRS = (
 )
 # One pair of every two axes that meet in code runs in `make test`.
 COMMON_PAIRS = {
-    "mla+window", "mla+alibi", "mqa+fixed", "window+alibi", "strided+alibi", "softcap+alibi", "mla+rope_yarn",
-    "mla+moe_sigmoid", "window+moe_softmax", "gelu+moe_softmax", "bias_all+gelu_tanh", "qk_norm_whole+fixed",
-    "layernorm+sandwich_norm", "learned+normed",
+    "mla+window", "mqa+fixed", "strided+alibi", "softcap+alibi", "mla+rope_yarn", "mla+moe_sigmoid",
+    "window+moe_softmax", "bias_all+gelu_tanh", "layernorm+sandwich_norm", "learned+normed",
 }  # fmt: skip
 
 

@@ -240,10 +240,9 @@ def chunked(monkeypatch):
     monkeypatch.setattr(losses, "PIECE_LOGITS", 2 * ROWS * VOCAB)
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "dpo"])
-def test_logits_in_chunks_change_no_step_and_no_evaluation(monkeypatch, loss):
-    config = config_of("label_smoothing=0.1", loss)
-    program, batch = Program.of(config), pairs_of() if loss in PAIR_LOSSES else batch_of()
+def test_logits_in_chunks_change_no_step_and_no_evaluation(monkeypatch):
+    config = config_of(loss="dpo")
+    program, batch = Program.of(config), pairs_of()
     step, state, hyper = begin(config)
     (one, metrics), nats = step(state, batch, hyper), eval_of(program)(state.params, batch)[0]
     chunked(monkeypatch)
@@ -256,7 +255,7 @@ def test_logits_in_chunks_change_no_step_and_no_evaluation(monkeypatch, loss):
 
 def test_logits_in_chunks_are_the_same_on_eight_devices(monkeypatch):
     sizes = {"vocab_size": 40, "model_dim": 32, "num_heads": 8, "mlp_dim": 48, "num_layers": 1}
-    config = config_of("warmup=0", **sizes, tie_embeddings=False)
+    config = config_of("warmup=0,label_smoothing=0.1,z_loss=1e-3", **sizes, tie_embeddings=False)
     layout = dataclasses.replace(config.sharding, data=2, fsdp=2, tensor=2)
     config = dataclasses.replace(config, sharding=layout)
     program, hyper, batch = Program.of(config), hyperparameters(config), batch_of(rows=8)

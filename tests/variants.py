@@ -14,6 +14,7 @@ from foundry_jax.model import combinations
 from foundry_jax.model.config import ModelConfig
 from foundry_jax.model.mask import Placement
 from foundry_jax.model.transformer import Transformer
+from tests.conftest import ROOT
 
 VOCAB, BATCH, LENGTH = 37, 3, 8
 
@@ -80,12 +81,17 @@ VARIANTS = {"gqa": {}} | {name: changes for group in AXES.values() for name, cha
 
 def tiny(variant: str = "gqa", **changes) -> ModelConfig:
     """Returns the model config of a variant, or of several joined by "+", with further fields replaced."""
-    base = dataclasses.replace(load("configs/baseline.py").model, **SIZES)
     for name in variant.split("+"):
-        base = dataclasses.replace(base, **VARIANTS[name])
-    return dataclasses.replace(base, **changes)
+        changes = VARIANTS[name] | changes
+    return dataclasses.replace(_base(), **SIZES | changes)
 
 
+@functools.cache
+def _base() -> ModelConfig:
+    return load(str(ROOT / "configs" / "baseline.py")).model
+
+
+@functools.cache
 def pairs() -> list[str]:
     """Returns "one+other" for all pairs of variants of different axes that are not refused."""
     found = []

@@ -8,7 +8,7 @@ from foundry_jax.schema import require
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """Two settings that exclude each other. "!none" stands for every value but "none"; numbers of calls do not count."""
+    """Two settings that exclude each other. "!none" stands for every value but "none"; numbers do not count."""
 
     first: tuple[str, str]  # (field of ModelConfig, value)
     second: tuple[str, str]

@@ -11,8 +11,8 @@ from foundry_jax.model.layout import Blocks, Layout, Residues, Summaries
 from foundry_jax.schema import require
 
 EMPTY = -1  # position of padding, and of a cache slot that holds no token
-# A layout is worth its copies from this share of all pairs down. On XLA:CPU, 2026-11, 8x256x6x64: 0.36 of the pairs take
-# 0.70 of the time, 0.75 take 0.91, 0.76 in two parts take 0.95 (at 4096 tokens), 0.89 in two parts take 1.13.
+# Cutting pays from this share of all pairs down. XLA:CPU, 2026-11, 8x256x6x64: 0.36 of the pairs take 0.70 of the time,
+# 0.75 take 0.91, 0.89 in two parts take 1.13; at 4096 tokens 0.76 in two parts take 0.95.
 PAYS = 0.8
 
 

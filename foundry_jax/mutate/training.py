@@ -1,6 +1,6 @@
 """Mutations of the training recipe."""
 
-from foundry_jax.config import LOSSES, OPTIMIZERS, SCHEDULES
+from foundry_jax.config import OPTIMIZERS, SCHEDULES
 from foundry_jax.errors import UserError
 from foundry_jax.registry import lookup
 
@@ -70,8 +70,8 @@ LOSS_NUMBERS = {
 
 
 def loss(config, name: str, *numbers: str):
-    """The training loss, and its numbers if they should change: cross_entropy, focal:gamma, dpo:beta:smoothing, ipo:beta."""
-    known = LOSS_NUMBERS[lookup(LOSSES, name, "loss") and name]
+    """The training loss, with new numbers if any: cross_entropy, focal:gamma, dpo:beta:smoothing, ipo:beta."""
+    known = lookup(LOSS_NUMBERS, name, "loss")
     if len(numbers) > len(known):
         raise UserError(f"loss={name} takes {':'.join((name, *known))}, not {':'.join((name, *numbers))!r}.")
     return {"loss.name": name} | {f"loss.{key}": number for key, number in zip(known, numbers, strict=False)}

@@ -4,7 +4,16 @@ import pathlib
 import subprocess
 import sys
 
-BENCHMARKS = ("startup.py", "throughput.py", "overhead.py", "crash_safety.py", "data_speed.py")
+BENCHMARKS = (
+    "startup.py",
+    "throughput.py",
+    "attention_speed.py",
+    "moe_speed.py",
+    "loss_memory.py",
+    "overhead.py",
+    "crash_safety.py",
+    "data_speed.py",
+)
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ def folder(tmp_path):
 def config(tmp_path, folder):
     return DataConfig(
         source="text",
+        preferences="",
         path=str(folder),
         tokenizer="byte",
         tokenizer_path="",
