@@ -474,6 +474,7 @@ class Trainer:
             "rollbacks": self.folder.num_rollbacks,
             "tokens": tokens,
             "num_params": transformer.num_params(self.config.model),
+            "num_active_params": transformer.num_active_params(self.config.model),
             "train_flops_per_token": 3 * transformer.flops_per_token(self.config.model),
             "kv_bytes_per_token": transformer.kv_bytes_per_token(self.config.model),
             "tokens_per_second": tokens / busy,

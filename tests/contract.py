@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from foundry_jax.model import transformer
+from foundry_jax.model import stacking, transformer
 from foundry_jax.model.config import ModelConfig
 from tests import reference
 from tests.variants import BATCH, LENGTH, VOCAB, decoder, forward, gradient, params_of, placed, tokens_of
@@ -148,10 +148,10 @@ def scanned_layers_compute_the_same(config: ModelConfig) -> None:
     """Loss, gradient and cached decoding."""
     scanned = dataclasses.replace(config, scan_layers=True)
     params, tokens = params_of(config), tokens_of()
-    stacked = {"params": transformer.restack(params["params"], config, scanned)}
+    stacked = {"params": stacking.restack(params["params"], config, scanned)}
     (value, grads), (other, other_grads) = gradient(config)(params, tokens), gradient(scanned)(stacked, tokens)
     np.testing.assert_allclose(other, value, rtol=1e-5)
-    back = transformer.restack(other_grads["params"], scanned, config)
+    back = stacking.restack(other_grads["params"], scanned, config)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), back, grads["params"])
     cache = transformer.init_cache(scanned, BATCH, LENGTH)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from foundry_jax.errors import UserError
-from foundry_jax.model import transformer
+from foundry_jax.model import stacking, transformer
 from foundry_jax.model.attention import ATTENTIONS
 from foundry_jax.model.combinations import REFUSALS
 from foundry_jax.model.config import BIASES, EMBEDDINGS, PLACEMENTS, QK_NORMS, is_gated
@@ -138,7 +138,7 @@ def test_parameters_drawn_for_training_have_the_models_own_shapes_and_names(vari
     jax.tree.map(
         lambda a, b: pytest.fail(f"{a} {b}") if a.shape != b.shape else None, nn.meta.unbox(drawn), nn.meta.unbox(built)
     )
-    names = jax.tree.leaves(jax.tree.map(lambda x: x.names, (drawn, built), is_leaf=transformer._is_boxed))
+    names = jax.tree.leaves(jax.tree.map(lambda x: x.names, (drawn, built), is_leaf=stacking.is_boxed))
     assert names[: len(names) // 2] == names[len(names) // 2 :]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from foundry_jax.config import load
-from foundry_jax.model import transformer
+from foundry_jax.model import stacking, transformer
 from foundry_jax.model.mlp.moe import router_losses
 from foundry_jax.model.transformer import Transformer
 from foundry_jax.optimizer import hyperparameters
@@ -89,7 +89,7 @@ def test_a_balancing_bias_moves_against_the_load_by_its_rate(scan_layers, parts)
     def bias(state, layer):
         params = state.params
         if scan_layers:
-            params = transformer.restack(params, config.model, dataclasses.replace(config.model, scan_layers=False))
+            params = stacking.restack(params, config.model, dataclasses.replace(config.model, scan_layers=False))
         return params[f"block_{layer}"]["mlp"]["router"]["balance_bias"]
 
     loads = transformer.router_stats(sown["router"]).load

@@ -12,7 +12,7 @@ import pytest
 from foundry_jax import compilation, losses, sharding
 from foundry_jax.config import load
 from foundry_jax.losses import LOSSES, PAIR_LOSSES
-from foundry_jax.model.transformer import restack
+from foundry_jax.model.stacking import restack
 from foundry_jax.optimizer import OPTIMIZERS, hyperparameters
 from foundry_jax.train_step import Program, eval_step, init_state, noise_scale, train_step, unbox
 from tests.variants import VOCAB, params_of, tiny

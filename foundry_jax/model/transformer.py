@@ -19,6 +19,7 @@ from foundry_jax.model.mlp.dense import MLP
 from foundry_jax.model.mlp.moe import MixtureOfExperts, RouterStats, balance_bias_update, moe_of
 from foundry_jax.model.norm import NORMS
 from foundry_jax.model.position import position_of, scaling_of
+from foundry_jax.model.stacking import restack, stacking_of
 from foundry_jax.registry import lookup
 from foundry_jax.schema import require, variant
 
@@ -108,37 +109,6 @@ def _remat(module: type[nn.Module], config: ModelConfig) -> type[nn.Module]:
     return nn.remat(module, policy=REMAT[config.remat], prevent_cse=not config.scan_layers)
 
 
-@dataclasses.dataclass(frozen=True)
-class Stacking:
-    """Which layers are modules of their own (block_i), and which are repeats of one group that is scanned."""
-
-    letters: str  # of all layers
-    num_dense: int  # leading layers whose MLP is dense although the model has experts
-    first: int  # first scanned layer
-    period: int  # layers of one group
-    repeats: int  # groups
-
-    @property
-    def single(self) -> list[int]:
-        """Layers that are not scanned."""
-        stop = self.first + self.period * self.repeats
-        return [i for i in range(len(self.letters)) if not self.first <= i < stop]
-
-    def member(self, j: int) -> list[int]:
-        """Layers that layer_j of the group stands for."""
-        return [self.first + self.period * repeat + j for repeat in range(self.repeats)]
-
-
-def stacking_of(config: ModelConfig) -> Stacking:
-    """Returns the layout; with config.scan_layers all layers between the leading dense ones and a rest are scanned."""
-    n = config.num_layers
-    letters = (config.pattern * n)[:n]
-    moe = moe_of(config)
-    num_dense = moe.dense_layers if moe else 0
-    period = min(len(config.pattern), max(n - num_dense, 1))
-    return Stacking(letters, num_dense, num_dense, period, (n - num_dense) // period if config.scan_layers else 0)
-
-
 class Transformer(nn.Module):
     """A decoder-only transformer: embedding, num_layers blocks, a final norm and the output map."""
 
@@ -155,7 +125,7 @@ class Transformer(nn.Module):
         self.embed_dropout = Dropout()
         is_moe = moe_of(c) is not None
         for i in stacking.single:
-            block = _remat(Block, c)(c, stacking.letters[i], dense=not is_moe or i < stacking.num_dense)
+            block = _remat(Block, c)(c, stacking.letters[i], dense=not is_moe or i < stacking.first)
             setattr(self, f"block_{i}", block)
         if stacking.repeats:
             self.blocks = nn.scan(
@@ -237,21 +207,11 @@ class Transformer(nn.Module):
         )
 
     def _run_blocks(self, x_BLD, caches, views, dropout_rate):
-        """Returns (x_BLD, caches), running layers in order: leading single ones, the scanned groups, the rest."""
-        stacking = stacking_of(self.config)
+        """Returns (x_BLD, caches), both by way of all layers in order."""
         new_caches = {}
-
-        def run(name, x_BLD):
+        for name in stacking_of(self.config).names:
             cache = None if caches is None else caches[name]
             x_BLD, new_caches[name] = getattr(self, name)(x_BLD, cache, views, dropout_rate)
-            return x_BLD
-
-        for i in stacking.single:
-            if i == stacking.first + stacking.period * stacking.repeats and stacking.repeats:
-                x_BLD = run("blocks", x_BLD)
-            x_BLD = run(f"block_{i}", x_BLD)
-        if stacking.repeats and "blocks" not in new_caches:
-            x_BLD = run("blocks", x_BLD)
         return x_BLD, new_caches
 
     def output_kernel(self):
@@ -274,45 +234,6 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
     drawn = dataclasses.replace(config, scan_layers=True, remat="none", pattern="L")
     params = Transformer(drawn).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     return restack(params, drawn, config)
-
-
-def restack(params: dict, source: ModelConfig, target: ModelConfig) -> dict:
-    """Returns the parameters of one layout of layers in another: both configs differ in nothing else."""
-    layers = _layers(params, stacking_of(source))
-    rest = {name: part for name, part in params.items() if not name.startswith("block")}
-    stacking = stacking_of(target)
-    singles = {f"block_{i}": layers[i] for i in stacking.single}
-    if not stacking.repeats:
-        return rest | singles
-    group = {f"layer_{j}": _stack([layers[i] for i in stacking.member(j)]) for j in range(stacking.period)}
-    return rest | singles | {"blocks": group}
-
-
-def _layers(params: dict, stacking: Stacking) -> dict[int, dict]:
-    """Returns {layer: its parameters}."""
-    layers = {i: params[f"block_{i}"] for i in stacking.single}
-    for j in range(stacking.period if stacking.repeats else 0):
-        for repeat, i in enumerate(stacking.member(j)):
-            take = functools.partial(_take, repeat)
-            layers[i] = jax.tree.map(take, params["blocks"][f"layer_{j}"], is_leaf=_is_boxed)
-    return layers
-
-
-def _is_boxed(x) -> bool:
-    return isinstance(x, nn.LogicallyPartitioned)
-
-
-def _take(index: int, leaf):
-    return leaf.replace(value=leaf.value[index], names=leaf.names[1:]) if _is_boxed(leaf) else leaf[index]
-
-
-def _stack(layers: list[dict]) -> dict:
-    def stack(*leaves):
-        if not _is_boxed(leaves[0]):
-            return jnp.stack(leaves)
-        return leaves[0].replace(value=jnp.stack([x.value for x in leaves]), names=("layers", *leaves[0].names))
-
-    return jax.tree.map(stack, *layers, is_leaf=_is_boxed)
 
 
 def router_stats(sown: dict | None) -> RouterStats | None:
@@ -418,7 +339,7 @@ def _norms_per_layer(config: ModelConfig) -> int:
 
 def _num_mlps(config: ModelConfig) -> tuple[int, int]:
     """Returns how many layers have (a dense MLP, experts)."""
-    num_dense = stacking_of(config).num_dense if moe_of(config) else config.num_layers
+    num_dense = stacking_of(config).first if moe_of(config) else config.num_layers
     return num_dense, config.num_layers - num_dense
 
 
