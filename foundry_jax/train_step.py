@@ -6,7 +6,6 @@ A Program is the static part of a config: what is compiled. Everything else come
 import dataclasses
 import functools
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from foundry_jax.model.config import ModelConfig
 from foundry_jax.model.layers import batch_shards, constrain
 from foundry_jax.model.mask import Placement
 from foundry_jax.model.mlp.moe import router_losses, router_metrics, without_rates
+from foundry_jax.model.stacking import is_boxed
 from foundry_jax.model.transformer import Transformer, init_params, rebalance, router_stats
 from foundry_jax.optimizer import Hyperparameters
 from foundry_jax.registry import lookup
@@ -91,8 +91,7 @@ def init_state(program: Program, hyper: Hyperparameters) -> TrainState:
 
 def unbox(tree):
     """Returns the tree without logical axis names; unlike flax's unbox it lays nothing out, so shapes will do."""
-    boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
-    return jax.tree.map(lambda x: x.unbox(apply_constraint=False) if boxed(x) else x, tree, is_leaf=boxed)
+    return jax.tree.map(lambda x: x.unbox(apply_constraint=False) if is_boxed(x) else x, tree, is_leaf=is_boxed)
 
 
 def train_step(program: Program, state: TrainState, batch: dict, hyper: Hyperparameters):

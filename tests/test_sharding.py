@@ -21,8 +21,8 @@ from tests.variants import VARIANTS, tiny
 
 AUTO = load("configs/tiny.py").sharding
 # every axis that fsdp may cut is a multiple of 8
-SIZES = {"vocab_size": 40, "model_dim": 32, "num_heads": 8, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 48,
-         "kv_lora_rank": 16, "q_lora_rank": 8}  # fmt: skip
+SIZES = {"vocab_size": 40, "num_layers": 2, "model_dim": 32, "num_heads": 8, "num_kv_heads": 2, "head_dim": 8,
+         "mlp_dim": 48, "kv_lora_rank": 16, "q_lora_rank": 8}  # fmt: skip
 
 
 def sized(variant, **changes):

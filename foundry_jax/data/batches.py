@@ -77,7 +77,7 @@ class TrainBatches:
         starts_B = np.empty_like(index_B)
         for epoch in np.unique(epoch_B):
             now = epoch_B == epoch
-            keys, phase = _epoch(self.seed, int(epoch))
+            keys, phase = epoch_order(self.seed, int(epoch))
             windows = shuffled(index_B[now], self.windows_per_epoch, keys)
             starts_B[now] = phase % self.num_phases + windows * self.context_length
         return starts_B
@@ -181,7 +181,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=16)
-def _epoch(seed: int, epoch: int) -> tuple[np.ndarray, int]:
+def epoch_order(seed: int, epoch: int) -> tuple[np.ndarray, int]:
     """Returns an epoch's shuffle keys, [SHUFFLE_ROUNDS] uint64, and the random number that gives its phase.
 
     Hashed together: with seed + epoch, as in Grain, run 0's second epoch would be run 1's first.

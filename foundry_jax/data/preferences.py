@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from foundry_jax.data.batches import ALL_ROWS, Batch, TrainBatches, _epoch, shuffled
+from foundry_jax.data.batches import ALL_ROWS, Batch, TrainBatches, epoch_order, shuffled
 from foundry_jax.data.tokenize import Tokenizer
 from foundry_jax.errors import UserError
 from foundry_jax.schema import require
@@ -92,7 +92,7 @@ class PreferenceBatches:
         first = step * self.batch_size
         epoch_P, index_P = np.divmod(np.arange(first, first + self.batch_size)[self.rows], len(self.pairs))
         for epoch in np.unique(epoch_P):
-            keys, _ = _epoch(self.seed, int(epoch))
+            keys, _ = epoch_order(self.seed, int(epoch))
             now = epoch_P == epoch
             index_P[now] = shuffled(index_P[now], len(self.pairs), keys)
         batch = self.pairs.batch(index_P)
