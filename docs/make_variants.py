@@ -2,10 +2,10 @@
 
     python docs/make_variants.py                  # write the page from docs/variants.json
     python docs/make_variants.py --train          # first train what docs/variants.json lacks
+    python docs/make_variants.py --pairs=FILE     # the same for losses on pairs of completions, a JSONL file
     python docs/make_variants.py --speed          # first time every variant's step against the baseline's
 
-Training takes about 20 minutes a seed on 2 CPU cores. Parts of it can run side by side, each with its own --part=1/2
-and, so that they do not share cores, under taskset.
+Training takes 13 minutes a seed on 2 CPU cores, as two processes with --part=1/2 and --part=2/2, each under taskset.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SEEDS, STEPS = 3, 80
 
 # Mutations whose values are numbers, and with which value they are shown.
 NUMBERS = ("softcap", "sliding_window", "pattern=SSSL", "tie_embeddings=false", "label_smoothing=0.1", "z_loss=1e-4")
-# They train on pairs of completions and not on the corpus, so their bits per byte say nothing of the architecture.
+# They train on pairs of completions and not on the corpus, so their bits per byte would say nothing.
 ON_PAIRS = ("dpo", "ipo")
 # Not a change of the model or the loss.
 RECIPE = ("schedule", "optimizer")
@@ -50,6 +50,9 @@ compares them on `configs/tiny.py`; what a row does not name is as in the baseli
 - Bits per byte: on the whole validation text after {steps} steps, mean and standard deviation over {seeds} seeds. The
   baseline's rate is used for all, so a variant that wants another one looks worse than it is, and differences of
   the size of the standard deviation mean nothing: this is a sign that everything trains, not a ranking.
+- Losses on pairs of completions never see the text that is validated on. Of them the table has the reward accuracy
+  over the last tenth of the steps: how often the chosen completion gained more on the reference, here the model as it
+  starts, than the rejected one (1,200 pairs of hh-rlhf's harmless-base test set, {pairs_epochs:.1f} passes over them).
 
 Measured on {machine}, {date}.
 
@@ -117,13 +120,13 @@ def read() -> dict:
 
 def record(argument: str, key: str, value) -> None:
     """Adds one figure to docs/variants.json; several processes may do so at once."""
-    with open(ROOT / "docs" / ".variants.lock", "w") as lock:
+    (ROOT / "runs").mkdir(exist_ok=True)
+    with open(ROOT / "runs" / "variants.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         figures = read() | {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
         row = figures["rows"].setdefault(argument, {})
         row[key] = row.get(key, {}) | value if isinstance(value, dict) else value
         MEASURED.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n", "utf-8")
-    pathlib.Path(lock.name).unlink(missing_ok=True)
 
 
 def machine() -> str:
@@ -132,20 +135,33 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
 
 
-def train_missing(part: int, parts: int) -> None:
-    """Trains every variant with every seed that has no figure yet."""
+def train_missing(rows: list[Variant], key: str, *overrides: str) -> None:
+    """Trains every variant with every seed that has no figure yet, and records the figure of that name."""
     from foundry_jax import compilation, train
 
     compilation.enable_cache()
-    todo = [(row, seed) for seed in range(SEEDS) for row in on_text()]
-    for row, seed in todo[part - 1 :: parts]:
-        if str(seed) in read()["rows"].get(row.argument, {}).get("bits_per_byte", {}):
+    for row, seed in [(row, seed) for seed in range(SEEDS) for row in rows]:
+        if str(seed) in read()["rows"].get(row.argument, {}).get(key, {}):
             continue
-        overrides = [f"seed={seed}", f"num_steps={STEPS}", "checkpoint.every=1000000", "eval.every=1000000"]
+        chosen = [f"seed={seed}", f"num_steps={STEPS}", "checkpoint.every=1000000", "eval.every=1000000", *overrides]
         folder = ROOT / "runs" / "variants" / f"{re.sub(r'[^A-Za-z0-9_.]', '-', row.argument)}-{seed}"
-        result = train.run(settings_of(row.argument, *overrides), folder, quiet=True)
-        record(row.argument, "bits_per_byte", {str(seed): round(result["validation"]["bits_per_byte"], 4)})
-        print(row.argument, seed, result["validation"]["bits_per_byte"], flush=True)
+        result = train.run(settings_of(row.argument, *chosen), folder, quiet=True)
+        figure = FIGURES[key](folder, result)
+        record(row.argument, key, {str(seed): round(figure, 4)})
+        print(row.argument, seed, figure, flush=True)
+
+
+def reward_accuracy(folder: pathlib.Path, _: dict) -> float:
+    """Returns the mean over the last tenth of a run's steps."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    last = [row["reward_accuracy"] for row in rows if row["kind"] == "train" and row["step"] > 0.9 * STEPS]
+    return statistics.mean(last)
+
+
+FIGURES = {
+    "bits_per_byte": lambda folder, result: result["validation"]["bits_per_byte"],
+    "reward_accuracy": reward_accuracy,
+}
 
 
 def time_all(pairs: int = 5) -> None:
@@ -191,8 +207,9 @@ def cells(row: Variant, figures: dict) -> tuple[str, ...]:
 
     model = settings_of(row.argument).model
     found = figures["rows"].get(row.argument, {})
-    values = list(found.get("bits_per_byte", {}).values())
-    bits = f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else "on pairs"
+    key = "reward_accuracy" if row.argument in ON_PAIRS else "bits_per_byte"
+    values = list(found.get(key, {}).values())
+    figure = f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else "not measured"
     return (
         f"`{row.argument}`",
         row.meaning,
@@ -201,7 +218,7 @@ def cells(row: Variant, figures: dict) -> tuple[str, ...]:
         f"{transformer.flops_per_token(model) / 1e6:.2f} M",
         f"{transformer.kv_bytes_per_token(model):,.0f}",
         f"{found['speed']:.2f}" if "speed" in found else "on pairs",
-        bits,
+        f"reward accuracy {figure}" if row.argument in ON_PAIRS else figure,
     )
 
 
@@ -212,6 +229,7 @@ def render() -> str:
     rows = [head, ("---",) * len(head), *[cells(row, figures) for row in catalog()]]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     numbers = {name: figures.get(name, "") for name in ("machine", "date")}
+    numbers["pairs_epochs"] = STEPS * settings_of(BASELINE).data.batch_size / 1200
     return HEAD.format(context=context, steps=STEPS, seeds=SEEDS, **numbers) + table + "\n"
 
 
@@ -219,11 +237,16 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", action="store_true")
+    parser.add_argument("--pairs", metavar="FILE")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--part", default="1/1", help="which share of the runs to train, such as 1/2")
     flags = parser.parse_args()
     if flags.train:
-        train_missing(*map(int, flags.part.split("/")))
+        part, parts = map(int, flags.part.split("/"))
+        train_missing(on_text()[part - 1 :: parts], "bits_per_byte")
+    if flags.pairs:
+        rows = [row for row in catalog() if row.argument in ON_PAIRS]
+        train_missing(rows, "reward_accuracy", f"data.preferences={flags.pairs}", "log.every=1")
     if flags.speed:
         time_all()
     TARGET.write_text(render(), "utf-8")
