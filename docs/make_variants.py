@@ -5,7 +5,8 @@
     python docs/make_variants.py --pairs=FILE     # the same for losses on pairs of completions, a JSONL file
     python docs/make_variants.py --speed          # first time every variant's step against the baseline's
 
-Training took 12 minutes a seed on 2 CPU cores that also ran tests, as two processes with --part=1/2 and --part=2/2, each under taskset.
+Training took 12 minutes a seed on 2 CPU cores that also ran tests, as two processes with --part=1/2 and --part=2/2,
+each under taskset.
 """
 
 import argparse
