@@ -50,7 +50,8 @@ def call(text: str) -> tuple[str, dict]:
     if isinstance(node, ast.Name):
         return node.id, dict(NUMBERS.get(node.id, {}))
     numbers = dict(NUMBERS[node.func.id])
-    numbers.update(zip(numbers, [ast.literal_eval(value) for value in node.args], strict=False))
+    given = [ast.literal_eval(value) for value in node.args]
+    numbers.update(zip(list(numbers)[: len(given)], given, strict=True))
     numbers.update({keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords})
     return node.func.id, numbers
 
