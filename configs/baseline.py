@@ -54,9 +54,20 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.scan_layers = False  # one compiled block for all layers: compiles faster, may run slower
     c.model.remat = "none"  # recompute in the backward pass: none, dots (keep matmuls), full
 
+    c.init = ConfigDict()
+    c.init.source = ""  # a name of the zoo, a folder, a GGUF file or a run to start from; empty: random parameters
+    c.init.fresh = False  # whether parameters that the source does not have are drawn by the seed
+
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # of the low-rank adapters that are trained; 0: all parameters are
+    c.lora.alpha = 32.0  # adapters are weighed by alpha / rank
+    c.lora.dropout = 0.0  # before the adapters
+    c.lora.targets = ".*"  # which linear maps have one: a regular expression for "attention/query", "mlp/down", ...
+    c.lora.rslora = False  # alpha / sqrt(rank) instead, which suits large ranks
+
     c.data = ConfigDict()
-    c.data.source = "pystdlib"  # pystdlib, text, bin
-    c.data.path = ""  # text: a file, folder or glob; bin: a folder with train.bin and val.bin
+    c.data.source = "pystdlib"  # pystdlib, text, chat, bin
+    c.data.path = ""  # text: a file, folder or glob; chat: the same of JSONL; bin: a folder with train.bin and val.bin
     c.data.tokenizer = "bpe"  # char, byte, bpe
     c.data.tokenizer_path = ""  # a tokenizer.json; empty: fit one on the training documents
     c.data.vocab_size = 8192  # of a fitted BPE tokenizer

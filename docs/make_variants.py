@@ -196,7 +196,7 @@ def step_of(argument: str):
     def step() -> float:
         nonlocal state
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, batch, hyper))
+        state, _ = jax.block_until_ready(compiled(state, batch, hyper, {}))
         return time.perf_counter() - start
 
     return step

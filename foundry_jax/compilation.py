@@ -1,16 +1,28 @@
 """From a program and a plan to executables; the persistent cache, and how much compiling was done."""
 
 import collections
+import dataclasses
 import functools
 import os
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 
-from foundry_jax.optimizer import abstract_hyperparameters
+from foundry_jax.optimizer import Hyperparameters, abstract_hyperparameters
 from foundry_jax.sharding import Plan
-from foundry_jax.train_step import Program, eval_step, init_state, reference_step, train_step, unbox
+from foundry_jax.train_step import (
+    Program,
+    TrainState,
+    eval_step,
+    init_base,
+    init_state,
+    reference_step,
+    state_of,
+    train_step,
+    unbox,
+)
 
 # LLVM level 2 instead of 3: programs compile in 0.64 of the time and run as fast (configs/tiny.py: 3.4 s against 5.2;
 # a step 0.22 s against 0.23 s; 2 cores, jax 0.10.2, 2026-11).
@@ -43,10 +55,26 @@ def counts() -> dict[str, int]:
     return dict(_counts)
 
 
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a step takes, as ShapeDtypeStructs laid out by a plan."""
+
+    state: TrainState
+    batch: dict[str, Any]
+    hyper: Hyperparameters
+    base: dict  # {} where all parameters are trained
+
+
 @functools.lru_cache(maxsize=8)
 def _boxed_init(program: Program):
     """Returns init_state as one jitted function, so that it is traced once for its shapes and for its program."""
     return jax.jit(functools.partial(init_state, program))
+
+
+@functools.lru_cache(maxsize=8)
+def _boxed_base(program: Program):
+    """Returns init_base in the same way."""
+    return jax.jit(functools.partial(init_base, program))
 
 
 def _options() -> dict[str, int] | None:
@@ -66,58 +94,83 @@ def _count_compile(event: str, _: float, **__: object) -> None:
 @functools.lru_cache(maxsize=8)
 def compile_init(program: Program, plan: Plan):
     """Returns the compiled hyperparameters -> state at step 0. Call it within plan.context()."""
-    state, _, hyper = abstract_inputs(program, plan, (1, 1))
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    init = jax.jit(lambda hyper: unbox(_boxed_init(program)(hyper)), out_shardings=shardings)
-    return init.lower(hyper).compile(_options())
+    return _compile_drawing(_boxed_init(program), abstract_inputs(program, plan, (1, 1)), "state")
+
+
+@functools.lru_cache(maxsize=8)
+def compile_base(program: Program, plan: Plan):
+    """Returns the compiled hyperparameters -> new parameters under the adapters. Call it within plan.context()."""
+    return _compile_drawing(_boxed_base(program), abstract_inputs(program, plan, (1, 1)), "base")
+
+
+def _compile_drawing(boxed, inputs: Inputs, part: str):
+    draw = jax.jit(lambda hyper: unbox(boxed(hyper)), out_shardings=_shardings(getattr(inputs, part)))
+    return draw.lower(inputs.hyper).compile(_options())
+
+
+@functools.lru_cache(maxsize=8)
+def compile_start(program: Program, plan: Plan):
+    """Returns the compiled (parameters, hyperparameters) -> state at step 0; the parameters are donated."""
+    inputs = abstract_inputs(program, plan, (1, 1))
+    start = jax.jit(functools.partial(state_of, program), donate_argnums=0, out_shardings=_shardings(inputs.state))
+    return start.lower(inputs.state.params, inputs.hyper).compile(_options())
 
 
 @functools.lru_cache(maxsize=8)
 def compile_train_step(program: Program, plan: Plan, batch_shape: tuple[int, ...]):
-    """Returns the compiled step (state, batch, hyperparameters) -> (state, metrics); the state is donated.
+    """Returns the compiled step (state, batch, hyperparameters, base) -> (state, metrics); the state is donated.
 
     Equal programs share one executable, whatever their hyperparameters. Call it within plan.context().
     """
-    state, batch, hyper = abstract_inputs(program, plan, batch_shape)
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = jax.jit(functools.partial(train_step, program), donate_argnums=0, out_shardings=(shardings, None))
-    return step.lower(state, batch, hyper).compile(_options())
+    inputs = abstract_inputs(program, plan, batch_shape)
+    outputs = (_shardings(inputs.state), None)
+    step = jax.jit(functools.partial(train_step, program), donate_argnums=0, out_shardings=outputs)
+    return step.lower(inputs.state, inputs.batch, inputs.hyper, inputs.base).compile(_options())
 
 
 @functools.lru_cache(maxsize=8)
 def compile_eval_step(program: Program, plan: Plan, batch_shape: tuple[int, ...]):
-    """Returns the compiled (parameters, batch) -> (sum of nats, number of targets). Call it within plan.context()."""
-    state, batch, _ = abstract_inputs(program, plan, batch_shape)
-    return jax.jit(functools.partial(eval_step, program)).lower(state.params, batch).compile(_options())
+    """Returns the compiled (parameters, batch, hyperparameters, base) -> (sum of nats, number of targets).
+
+    Call it within plan.context().
+    """
+    inputs = abstract_inputs(program, plan, batch_shape)
+    step = jax.jit(functools.partial(eval_step, program))
+    return step.lower(inputs.state.params, inputs.batch, inputs.hyper, inputs.base).compile(_options())
 
 
 @functools.lru_cache(maxsize=8)
 def compile_reference_step(program: Program, plan: Plan, batch_shape: tuple[int, ...]):
-    """Returns the compiled (parameters, batch of pairs) -> log-probabilities [P, 2], whole on every device."""
-    state, batch, _ = abstract_inputs(program, plan, batch_shape)
-    batch = {name: x for name, x in batch.items() if name != "reference"}  # this is what makes it
+    """Returns the compiled (parameters, batch of pairs, hyperparameters, base) -> log-probabilities [P, 2].
+
+    They are whole on every device.
+    """
+    inputs = abstract_inputs(program, plan, batch_shape)
+    batch = {name: x for name, x in inputs.batch.items() if name != "reference"}  # this is what makes it
     everywhere = plan.shardings(jax.ShapeDtypeStruct((), np.float32))
     step = jax.jit(functools.partial(reference_step, program), out_shardings=everywhere)
-    return step.lower(state.params, batch).compile(_options())
+    return step.lower(inputs.state.params, batch, inputs.hyper, inputs.base).compile(_options())
 
 
 @functools.lru_cache(maxsize=8)
-def abstract_inputs(program: Program, plan: Plan, batch_shape: tuple[int, ...]):
-    """Returns (state, batch, hyperparameters) as ShapeDtypeStructs laid out by the plan.
-
-    A batch is of sequences (B, L), or of pairs (P, 2, L): see data/preferences.py.
-    """
+def abstract_inputs(program: Program, plan: Plan, batch_shape: tuple[int, ...]) -> Inputs:
+    """Returns what a step takes. A batch is of sequences (B, L), or of pairs (P, 2, L): see data/preferences.py."""
     hyper = abstract_hyperparameters()
-    boxed = jax.eval_shape(_boxed_init(program), hyper)
-    state = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        unbox(boxed),
-        plan.shardings(boxed),
-    )
     array = functools.partial(jax.ShapeDtypeStruct, sharding=plan.batch_sharding())
     batch = {"inputs": array(batch_shape, np.int32), "targets": array(batch_shape, np.int32)}
     batch["weights"] = array(batch_shape, np.float32)
     if len(batch_shape) == 3:
         batch["positions"] = array(batch_shape, np.int32)
         batch["reference"] = array(batch_shape[:2], np.float32)
-    return state, batch, hyper
+    state, base = (_laid_out(jax.eval_shape(init(program), hyper), plan) for init in (_boxed_init, _boxed_base))
+    return Inputs(state, batch, hyper, base)
+
+
+def _laid_out(boxed, plan: Plan):
+    """Returns the shapes of a boxed tree with the places that the plan gives them."""
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(place, unbox(boxed), plan.shardings(boxed))
+
+
+def _shardings(abstract):
+    return jax.tree.map(lambda x: x.sharding, abstract)

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from foundry_jax.errors import UserError
-from foundry_jax.model.config import ModelConfig
+from foundry_jax.model.config import ModelConfig, scale_of
 from foundry_jax.registry import lookup, unknown
 from foundry_jax.schema import build, coerce, require, require_range
 
@@ -41,6 +41,37 @@ LOSSES = TOKEN_LOSSES | PAIR_LOSSES
 LOSS_NUMBERS = {"label_smoothing": ("cross_entropy", "dpo"), "z_loss": ("cross_entropy", "focal")}
 SPLITS = ("document", "tail")
 STRATEGIES = ("auto", "none", "ddp", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """What the parameters are at step 0: a source's (zoo.open_source), or random, by the seed, if there is none."""
+
+    source: str
+    fresh: bool
+
+    def __post_init__(self):
+        require(bool(self.source) or not self.fresh, "init.fresh=true has no meaning without an init.source.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters, trained instead of the parameters if rank > 0. All but rank and targets is traced."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: str
+    rslora: bool
+
+    def __post_init__(self):
+        require_range(self, "lora.", rank=(0, math.inf), alpha=(0, math.inf), dropout=(0, 0.999))
+        require(self.rank > 0 or self.dropout == 0, f"lora.dropout={self.dropout:g} has no meaning with lora.rank=0.")
+
+    @property
+    def scale(self) -> float:
+        """The weight of the adapters; 0 if there are none."""
+        return scale_of(self.rank, self.alpha, rslora=self.rslora) if self.rank else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +233,8 @@ class Config:
     seed: int
     num_steps: int
     model: ModelConfig
+    init: InitConfig
+    lora: LoRAConfig
     data: DataConfig
     optimizer: OptimizerConfig
     loss: LossConfig

@@ -33,6 +33,8 @@ class Hyperparameters:
     clip_norm: jax.Array
     ema_decay: jax.Array
     dropout: jax.Array
+    lora_scale: jax.Array  # factor of the adapters' product
+    lora_dropout: jax.Array
     load_balance: jax.Array  # weight of the routers' load-balance loss
     router_z: jax.Array  # weight of the routers' z-loss
     router_bias_rate: jax.Array  # how far a balancing bias moves a step
@@ -61,6 +63,8 @@ def hyperparameters(config: Config) -> Hyperparameters:
         "clip_norm": o.clip_norm,
         "ema_decay": o.ema_decay,
         "dropout": config.model.dropout,
+        "lora_scale": config.lora.scale,
+        "lora_dropout": config.lora.dropout,
         "load_balance": moe.balance if moe else 0.0,
         "router_z": moe.z if moe else 0.0,
         "router_bias_rate": moe.bias_rate if moe else 0.0,
@@ -104,13 +108,13 @@ def learning_rate_at(step: jax.Array, h: Hyperparameters) -> jax.Array:
 
 
 def decay_mask(params, *, decay_embeddings: bool):
-    """Returns a tree of booleans: weight decay reaches kernels, and embedding and output matrices if asked."""
+    """Returns a tree of booleans: weight decay reaches kernels, adapters and, if asked, embedding and output map."""
 
     def decays(path, _):
         names = [getattr(key, "key", None) for key in path]
         if "embed" in names or "unembed" in names:
             return decay_embeddings
-        return names[-1] == "kernel"
+        return names[-1] in ("kernel", "a", "b")
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

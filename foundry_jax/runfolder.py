@@ -4,6 +4,8 @@
     runs/x/config.json         {"seed": 0, "model.num_layers": 4, ...}
     runs/x/checkpoints/        see checkpoint.py
     runs/x/metrics.jsonl       see metrics.py
+    runs/x/source.json         {"name": "models/llama", "fingerprint": "3c0f..."}: what adapters are trained on
+    runs/x/tokenizer.json      what the run's tokens mean
     runs/x/heartbeat.json      {"step": 120, "time": 1763800000.0}
     runs/x/data_windows.json   [[500, 37]]: from step 500 on, batches are read 37 further along
     runs/x/result.json         written once, at the end
@@ -20,8 +22,9 @@ import math
 import os
 import pathlib
 import socket
+import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from foundry_jax.errors import UserError
@@ -95,6 +98,32 @@ class RunFolder:
     def write_result(self, values: Mapping[str, Any]) -> None:
         """Stores the run's result, replacing an earlier one."""
         self._write(self.path / "result.json", values)
+
+    def require_same_source(self, name: str, fingerprint: str) -> None:
+        """Notes what the parameters that are not trained were read from, so that a resumed run reads the same.
+
+        Raises:
+            UserError: it began with others.
+        """
+        path = self.path / "source.json"
+        old = _read_json(path)
+        if old is None:
+            self._write(path, {"name": name, "fingerprint": fingerprint})
+        elif old.get("fingerprint") != fingerprint:
+            raise UserError(
+                f"{self.path} began with weights of {old.get('name')} that are not those of {name} now: put them back, "
+                f"or use another --workdir."
+            )
+
+    def keep(self, name: str, save: Callable[[pathlib.Path], None]) -> None:
+        """Has `save` write a file that belongs to the run, and others beside it, unless the file is there already."""
+        if not self._primary or (self.path / name).exists():
+            return
+        with _explained(self.path), tempfile.TemporaryDirectory(prefix=f".{name}.", dir=self.path) as folder:
+            save(pathlib.Path(folder) / name)
+            for path in sorted(pathlib.Path(folder).iterdir(), key=lambda path: path.name == name):  # it comes last
+                fsync(path)
+                os.replace(path, self.path / path.name)
 
     def heartbeat(self, step: int) -> None:
         """Notes that the run is alive and at which step; cheap, so call it every step."""

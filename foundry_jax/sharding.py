@@ -38,6 +38,7 @@ PARAM_RULES = {
     "mlp": "tensor",
     "q_lora": "fsdp",
     "kv_lora": "fsdp",
+    "lora": None,
     "layers": None,
 }
 ACTIVATION_RULES = {
@@ -201,21 +202,21 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model: ModelConfig, num_params: int, plan: Plan, batch_size: int, *, optimizer_slots: int
+    model: ModelConfig, num_trained: int, plan: Plan, batch_size: int, *, optimizer_slots: int, num_frozen: int = 0
 ) -> MemoryEstimate:
     """Returns an estimate of bytes per device; accumulation is not counted, batch_size is one micro-batch.
 
-    Parameters, their moments, average and gradients are float32. Activations are what the backward pass keeps of every
-    layer under the remat policy, all of the one layer that it is working on, and the logits twice (values and
-    gradients), or a piece of them.
+    Parameters are float32, and so are the moments, average and gradients of those that are trained. Activations are
+    what the backward pass keeps of every layer under the remat policy, all of the one layer that it is working on, and
+    the logits twice (values and gradients), or a piece of them.
     """
-    copy = 4 * num_params // (plan.fsdp * plan.tensor)
+    trained, frozen = (4 * number // (plan.fsdp * plan.tensor) for number in (num_trained, num_frozen))
     tokens = math.ceil(batch_size / plan.batch_shards) * model.context_length
     return MemoryEstimate(
-        params=copy,
-        optimizer=optimizer_slots * copy,
-        ema=copy,
-        gradients=copy,
+        params=trained + frozen,
+        optimizer=optimizer_slots * trained,
+        ema=trained,
+        gradients=trained,
         activations=_activation_bytes(model, tokens, plan.tensor),
     )
 

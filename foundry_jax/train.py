@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -19,15 +19,19 @@ from foundry_jax.checkpoint import Checkpointer
 from foundry_jax.config import Config, to_flat_dict
 from foundry_jax.data import preferences
 from foundry_jax.data.hashing import sha256_json
+from foundry_jax.data.tokenize import Tokenizer
 from foundry_jax.errors import Preempted, UserError
 from foundry_jax.metrics import TRACKERS, MetricsWriter, Progress, device_peak_flops, read_metrics
-from foundry_jax.model import transformer
+from foundry_jax.model import lora, transformer
 from foundry_jax.optimizer import hyperparameters
 from foundry_jax.preemption import Preemption
 from foundry_jax.registry import lookup
 from foundry_jax.runfolder import RunFolder, read_result
 from foundry_jax.schema import require
 from foundry_jax.train_step import Program, TrainState
+
+if TYPE_CHECKING:
+    from foundry_jax.zoo import Source
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +49,12 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
     transformer.check(config.model)
     Program.of(config)
     require_known_trackers(config)
+    if config.lora.rank:
+        lora.target_paths(config.model, config.lora.targets)
     with Preemption() as preemption, RunFolder(workdir, primary=jax.process_index() == 0) as folder:
-        corpus = data.prepare(config.data)
-        config = with_vocabulary(config, corpus.vocab_size)
+        source = open_source(config)
+        corpus = data.prepare(config.data, tokenizer_of(config, source))
+        config = with_vocabulary(config, vocab_size_of(config, corpus, source))
         num_params = transformer.num_params(config.model)
         plan = sharding.plan(num_params, jax.device_count(), config.sharding)
         require_even_batches(config, plan)
@@ -56,7 +63,13 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
         if (result := read_result(folder.path)) is not None:
             log.info("%s is finished; delete it or use another --workdir to train again.", folder.path)
             return result
+        if source and config.lora.rank:
+            folder.require_same_source(source.name, source.fingerprint)
+        if corpus.tokenizer:
+            folder.keep("tokenizer.json", corpus.tokenizer.save)
         log.info("%s: %s parameters on %d x %s.", workdir, f"{num_params:,}", plan.num_devices, device_kind())
+        if config.lora.rank:
+            log.info("Training adapters of %s parameters.", f"{forecast.num_trained_params(config):,}")
         log.info("Sharding: %s, because %s.", plan.strategy, plan.reason)
         warn_about_memory(config, plan, device_memory())
         keep = config.checkpoint
@@ -64,7 +77,44 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
             plan.context(),
             Checkpointer(folder.checkpoints, keep_latest=keep.keep_latest, keep_best=keep.keep_best) as checkpointer,
         ):
-            return Trainer(config, corpus, batches, plan, folder, checkpointer, preemption, quiet=quiet).train()
+            trainer = Trainer(config, source, corpus, batches, plan, folder, checkpointer, preemption, quiet=quiet)
+            return trainer.train()
+
+
+def open_source(config: Config) -> "Source | None":
+    """Returns the model that the run starts from, its weights not yet read; None if it starts from random parameters.
+
+    Raises:
+        UserError: no such model, or files that are damaged.
+    """
+    if not config.init.source:
+        return None
+    from foundry_jax import zoo  # what it needs takes time to import, and most runs do not need it
+
+    return zoo.open_source(config.init.source)
+
+
+def tokenizer_of(config: Config, source: "Source | None") -> Tokenizer | None:
+    """Returns the tokenizer of the model that the run starts from; None if there is no such model or need.
+
+    Raises:
+        UserError: it has none, and the config names none either.
+    """
+    if source is None or config.data.tokenizer_path:
+        return None
+    tokenizer = source.tokenizer()
+    require(
+        tokenizer is not None or config.data.source == "bin",
+        f"There is no tokenizer in {source.name}: set data.tokenizer_path to the one that its model was trained with.",
+    )
+    return tokenizer
+
+
+def vocab_size_of(config: Config, corpus: data.Corpus, source: "Source | None") -> int:
+    """Returns the vocabulary of the data; that of the model that the run starts from may be larger, and is kept."""
+    if source is None or config.model.vocab_size:
+        return corpus.vocab_size
+    return max(corpus.vocab_size, source.model.vocab_size)
 
 
 def with_vocabulary(config: Config, vocab_size: int) -> Config:
@@ -189,6 +239,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
+        source: "Source | None",
         corpus: data.Corpus,
         batches: Batches,
         plan: sharding.Plan,
@@ -198,7 +249,7 @@ class Trainer:
         *,
         quiet: bool,
     ):
-        self.config, self.corpus, self.batches, self.plan = config, corpus, batches, plan
+        self.config, self.source, self.corpus, self.batches, self.plan = config, source, corpus, batches, plan
         self.folder, self.checkpointer, self.preemption = folder, checkpointer, preemption
         self.quiet = quiet or jax.process_index() > 0
         self.clock = Clock()
@@ -210,6 +261,7 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Trains from the newest checkpoint to the last step and returns the run's result."""
+        self.base = self.init_base()
         if self.program.learns_from_pairs:
             self.add_reference()
         state, step = self.restore_or_init()
@@ -239,12 +291,15 @@ class Trainer:
     def add_reference(self) -> None:
         """Puts the reference into the batches: what the run's first parameters say of all completions.
 
-        Computed once, before anything else takes memory, and kept in the run folder for when the run is resumed. In
-        float32 the first step finds the same bits, and a margin of exactly 0; in bfloat16 XLA rounds two programs
-        differently, and margins begin at about 1e-5 nats (XLA:CPU, 2026-11).
+        Adapters add nothing at first, so with them it is what the base says. Computed once, before anything else takes
+        memory, and kept in the run folder for when the run is resumed. In float32 the first step finds the same bits,
+        and a margin of exactly 0; in bfloat16 XLA rounds two programs differently, and margins begin at about 1e-5 nats
+        (XLA:CPU, 2026-11).
         """
         pairs, path = self.batches.train.pairs, self.folder.path / "reference.npz"
         of = {"pairs": pairs.hash, "model": dataclasses.asdict(self.config.model), "seed": self.config.seed}
+        if self.source:
+            of["source"] = self.source.fingerprint
         reference = preferences.read_reference(path, sha256_json(of))
         if reference is None:
             log.info("Computing the reference log-probabilities of %s pairs.", f"{len(pairs):,}")
@@ -267,21 +322,52 @@ class Trainer:
         found = []
         for batch in pairs.in_order(size, process_rows(size)):
             with self.clock.measure("eval"):
-                found.append(jax.device_get(reference_fn(params, self.place(batch, shape))))
+                found.append(jax.device_get(reference_fn(params, self.place(batch, shape), self.hyper, self.base)))
             if self.preemption.requested(0):
                 raise Preempted(f"{self.folder.path} has no reference yet; run it again to start.")
         return np.concatenate(found)[: len(pairs)]
 
     def init(self) -> TrainState:
         """Returns the state at step 0."""
+        if self.source is None or self.program.lora_rank:
+            with self.clock.measure("compile"):
+                return compilation.compile_init(self.program, self.plan)(self.hyper)
+        params = self.read_source()
         with self.clock.measure("compile"):
-            return compilation.compile_init(self.program, self.plan)(self.hyper)
+            return compilation.compile_start(self.program, self.plan)(params, self.hyper)
+
+    def init_base(self) -> dict:
+        """Returns the parameters under the adapters; {} if all parameters are trained. They are in no checkpoint."""
+        if not self.program.lora_rank:
+            return {}
+        if self.source:
+            return self.read_source()
+        with self.clock.measure("compile"):
+            return compilation.compile_base(self.program, self.plan)(self.hyper)
+
+    def read_source(self) -> dict:
+        """Returns the parameters of the model that the run starts from, in float32, laid out by the plan.
+
+        Raises:
+            UserError: they do not fit the config's model, or cannot be read.
+        """
+        from foundry_jax.zoo import graft  # as in open_source
+
+        log.info("Reading the parameters of %s.", self.source.name)
+        inputs = self.inputs()
+        shardings = jax.tree.map(lambda x: x.sharding, inputs.base if self.program.lora_rank else inputs.state.params)
+        start, seed = self.config.init, self.config.seed
+        with self.clock.measure("save"):
+            return graft.start(self.source, self.config.model, shardings, fresh=start.fresh, seed=seed)
+
+    def inputs(self) -> compilation.Inputs:
+        """Returns the shapes of all that a step takes, laid out by the plan."""
+        return compilation.abstract_inputs(self.program, self.plan, self.batch_shape)
 
     def restore_or_init(self, before: int | None = None) -> tuple[TrainState, int]:
         """Returns the newest whole checkpoint (of a step smaller than `before`) and its step, or a new state and 0."""
-        abstract, _, _ = compilation.abstract_inputs(self.program, self.plan, self.batch_shape)
         with self.clock.measure("save"):
-            restored = self.checkpointer.restore(abstract, before=before)
+            restored = self.checkpointer.restore(self.inputs().state, before=before)
         if restored is not None:
             log.info("Resuming from step %d.", restored.step)
             if before is None:
@@ -300,7 +386,7 @@ class Trainer:
         while (item := self.next_batch(batches)) is not None:
             step, batch = item[0] + 1, item[1]  # from here on `step` counts finished steps
             with self.clock.measure("step"):
-                state, metrics = step_fn(state, self.place(batch, self.batch_shape), self.hyper)
+                state, metrics = step_fn(state, self.place(batch, self.batch_shape), self.hyper, self.base)
             self.note(unread)
             unread = (step, metrics)
             if self.preemption.requested(step) or self.eval_is_due(step) or self.save_is_due(step):
@@ -365,7 +451,7 @@ class Trainer:
     def mfu(self, tokens_per_second: float) -> float | None:
         """Returns the share of the devices' peak FLOP/s that the model's own FLOPs use; None if the peak is unknown."""
         peak = device_peak_flops(jax.local_devices()[0], self.config.model.dtype)
-        flops = 3 * transformer.flops_per_token(self.config.model)
+        flops = forecast.train_flops_per_token(self.config)
         return None if peak is None else tokens_per_second * flops / (peak * self.plan.num_devices)
 
     def evaluate_if_due(self, state: TrainState, step: int) -> None:
@@ -383,7 +469,7 @@ class Trainer:
             nats, count = 0.0, 0.0
             for batch in self.batches.validation:
                 with self.clock.measure("eval"):
-                    sums = eval_fn(params, self.place(batch, self.eval_shape))
+                    sums = eval_fn(params, self.place(batch, self.eval_shape), self.hyper, self.base)
                     nats, count = nats + float(sums[0]), count + float(sums[1])
                 self.stop_if_asked(state, step)
             row |= {prefix + name: x for name, x in validation_metrics(nats, count, self.corpus).items()}
@@ -475,7 +561,8 @@ class Trainer:
             "tokens": tokens,
             "num_params": transformer.num_params(self.config.model),
             "num_active_params": transformer.num_active_params(self.config.model),
-            "train_flops_per_token": 3 * transformer.flops_per_token(self.config.model),
+            "num_trained_params": forecast.num_trained_params(self.config),
+            "train_flops_per_token": forecast.train_flops_per_token(self.config),
             "kv_bytes_per_token": transformer.kv_bytes_per_token(self.config.model),
             "tokens_per_second": tokens / busy,
             "mfu": self.mfu(tokens / busy),

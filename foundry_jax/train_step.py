@@ -23,6 +23,7 @@ from foundry_jax.losses import (
     num_chunks,
     token_statistics,
 )
+from foundry_jax.model import lora
 from foundry_jax.model.config import ModelConfig
 from foundry_jax.model.layers import batch_shards, constrain
 from foundry_jax.model.mask import Placement
@@ -43,6 +44,9 @@ class Program:
     loss: str
     use_dropout: bool
     accumulation_steps: int
+    lora_rank: int  # 0: all parameters are trained, otherwise adapters
+    lora_targets: str
+    use_lora_dropout: bool
 
     @property
     def learns_from_pairs(self) -> bool:
@@ -65,12 +69,18 @@ class Program:
             loss=config.loss.name,
             use_dropout=config.model.dropout > 0,
             accumulation_steps=config.optimizer.accumulation_steps,
+            lora_rank=config.lora.rank,
+            lora_targets=config.lora.targets if config.lora.rank else "",
+            use_lora_dropout=config.lora.dropout > 0,
         )
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a run needs to go on from step `step`, besides its config."""
+    """Everything a run needs to go on from step `step`, besides its config and, where adapters are trained, their base.
+
+    What is trained is in params: all parameters, or adapters (model/lora.py).
+    """
 
     step: jax.Array  # optimizer steps done, int32
     params: dict
@@ -81,12 +91,28 @@ class TrainState:
 
 
 def init_state(program: Program, hyper: Hyperparameters) -> TrainState:
-    """Returns the state at step 0, its parameters boxed with their logical axis names (see unbox)."""
-    key = jax.random.fold_in(jax.random.key(hyper.seed), 0)
-    params = init_params(program.model, key)
+    """Returns the state at step 0 with new parameters, boxed with their logical axis names (see unbox)."""
+    if not program.lora_rank:
+        return state_of(program, init_params(program.model, _key(hyper, 0)), hyper)
+    adapters = lora.init(program.model, program.lora_rank, program.lora_targets, _key(hyper, 2))
+    return state_of(program, adapters, hyper)
+
+
+def init_base(program: Program, hyper: Hyperparameters) -> dict:
+    """Returns new parameters under the adapters that are trained, boxed; {} if all parameters are trained."""
+    return init_params(program.model, _key(hyper, 0)) if program.lora_rank else {}
+
+
+def state_of(program: Program, params: dict, hyper: Hyperparameters) -> TrainState:
+    """Returns the state at step 0 with these parameters."""
     zero = jnp.zeros((), jnp.int32)
     opt_state = _optimizer(program, hyper, zero).init(params)
     return TrainState(zero, params, opt_state, jax.tree.map(jnp.copy, params), zero, zero)
+
+
+def _key(hyper: Hyperparameters, purpose: int) -> jax.Array:
+    """Returns the key for parameters (0), dropout (1) or adapters (2)."""
+    return jax.random.fold_in(jax.random.key(hyper.seed), purpose)
 
 
 def unbox(tree):
@@ -94,8 +120,10 @@ def unbox(tree):
     return jax.tree.map(lambda x: x.unbox(apply_constraint=False) if is_boxed(x) else x, tree, is_leaf=is_boxed)
 
 
-def train_step(program: Program, state: TrainState, batch: dict, hyper: Hyperparameters):
+def train_step(program: Program, state: TrainState, batch: dict, hyper: Hyperparameters, base: dict):
     """Returns (next state, metrics) for a batch of inputs, targets and weights [B, L].
+
+    base has the parameters under the adapters, which no step changes; {} where all parameters are trained.
 
     It may have positions, and the segments of packed documents, [B, L]: tokens then stand there instead of at 0..L-1.
     Batches of pairs are those of data/preferences.py.
@@ -103,14 +131,15 @@ def train_step(program: Program, state: TrainState, batch: dict, hyper: Hyperpar
     A step whose loss or gradient is not finite changes nothing but the counters: old values are selected, never
     multiplied by zero, because 0 * NaN is NaN.
     """
-    grads, metrics = _gradients(program, state.params, batch, hyper, state.step)
+    grads, metrics = _gradients(program, state.params, batch, hyper, base, state.step)
     grad_norm = optax.tree.norm(grads)
     ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     updates, opt_state = _optimizer(program, hyper, state.step).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if sown := metrics.pop("router", None):
         metrics |= _router_figures(router_stats(sown))
-        params = rebalance(params, sown, hyper.router_bias_rate)
+        if not program.lora_rank:
+            params = rebalance(params, sown, hyper.router_bias_rate)
     ema_params = _average(state.ema_params, params, hyper.ema_decay, state.step)
     new = (params, opt_state, ema_params)
     old = (state.params, state.opt_state, state.ema_params)
@@ -130,16 +159,23 @@ def train_step(program: Program, state: TrainState, batch: dict, hyper: Hyperpar
     return state, metrics
 
 
-def eval_step(program: Program, params: dict, batch: dict):
+def eval_step(program: Program, params: dict, batch: dict, hyper: Hyperparameters, base: dict):
     """Returns (sum of -log p(target) in nats, number of targets) of a batch, whatever the training loss."""
-    statistics, _ = _statistics(program, params, batch)
+    statistics, _ = _statistics(program, _variables(program, params, hyper, base), batch)
     return jnp.sum(statistics.nll * batch["weights"]), jnp.sum(batch["weights"])
 
 
-def reference_step(program: Program, params: dict, batch: dict):
+def reference_step(program: Program, params: dict, batch: dict, hyper: Hyperparameters, base: dict):
     """Returns the log-probabilities of the completions of a batch of pairs, [P, 2], in nats."""
-    statistics, _ = _statistics(program, params, batch)
+    statistics, _ = _statistics(program, _variables(program, params, hyper, base), batch)
     return _log_probs(statistics, batch)
+
+
+def _variables(program, params, hyper, base, lora_dropout=None) -> dict:
+    """Returns what the model is applied to: the parameters, or the base and its adapters."""
+    if not program.lora_rank:
+        return {"params": params}
+    return {"params": base, "lora": lora.scaled(params, hyper.lora_scale, lora_dropout)}
 
 
 def _optimizer(program: Program, hyper: Hyperparameters, step: jax.Array) -> optax.GradientTransformation:
@@ -153,12 +189,13 @@ def _average(ema_params, params, decay, step):
     return jax.tree.map(lambda ema, new: decay * ema + (1 - decay) * new, ema_params, params)
 
 
-def _gradients(program, params, batch, hyper, step):
+def _gradients(program, params, batch, hyper, base, step):
     """Returns (gradient of the batch's mean loss, metrics), accumulated over micro-batches."""
     counts = _counts(program, batch["weights"])
     tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper.seed), 1), step)
-    gradient = jax.value_and_grad(functools.partial(_loss, program, hyper=hyper, counts=counts), has_aux=True)
+    key = jax.random.fold_in(_key(hyper, 1), step)
+    loss = functools.partial(_loss, program, hyper=hyper, base=base, counts=counts)
+    gradient = jax.value_and_grad(loss, has_aux=True)
     if program.accumulation_steps == 1:
         (_, metrics), grads = gradient(params, batch, key=key)
         return grads, metrics | {"tokens": tokens}
@@ -208,10 +245,12 @@ def _counts(program, weights):
     return {"loss": jnp.maximum(jnp.sum(weights), 1.0)}
 
 
-def _loss(program, params, batch, *, key, hyper, counts):
+def _loss(program, params, batch, *, key, hyper, base, counts):
     """Returns (training loss, metrics): of a micro-batch its share of the whole batch's means."""
-    dropout = {"dropout_rate": hyper.dropout, "rngs": {"dropout": key}} if program.use_dropout else {}
-    statistics, sown = _statistics(program, params, batch, **dropout)
+    variables = _variables(program, params, hyper, base, hyper.lora_dropout if program.use_lora_dropout else None)
+    dropout = {"dropout_rate": hyper.dropout} if program.use_dropout else {}
+    rngs = {"rngs": {"dropout": key}} if program.use_dropout or program.use_lora_dropout else {}
+    statistics, sown = _statistics(program, variables, batch, **dropout, **rngs)
     sums = (_pair_sums if program.learns_from_pairs else _token_sums)(program, statistics, batch, hyper.loss)
     metrics = {name: total / counts.get(name, counts["loss"]) for name, total in sums.items()}
     if stats := router_stats(sown.get("router")):
@@ -253,7 +292,7 @@ def _log_probs(statistics, batch):
     return -jnp.sum(statistics.nll * batch["weights"], axis=-1)
 
 
-def _statistics(program, params, batch, **dropout) -> tuple[TokenStatistics, dict]:
+def _statistics(program, variables, batch, **dropout) -> tuple[TokenStatistics, dict]:
     """Returns (statistics of all targets, what the layers have sown): the one place where a step runs the model.
 
     Sequences are the last axis of the batch; the axes before it are rows to the model.
@@ -262,7 +301,7 @@ def _statistics(program, params, batch, **dropout) -> tuple[TokenStatistics, dic
     rows = {name: x.reshape(-1, shape[-1]) for name, x in batch.items() if x.shape == shape}
     placement = Placement(rows["positions"], rows.get("segments")) if "positions" in rows else None
     run = functools.partial(
-        Transformer(program.model).apply, {"params": params}, rows["inputs"], placement, mutable=["router"], **dropout
+        Transformer(program.model).apply, variables, rows["inputs"], placement, mutable=["router"], **dropout
     )
     shards = batch_shards() if len(rows["inputs"]) % batch_shards() == 0 else 1
     chunks = num_chunks(rows["inputs"].size // shards, shape[-1], program.model.vocab_size)

@@ -221,10 +221,10 @@ def test_a_bare_name_means_one_thing():
 
 VALUES = {
     "activation": "gelu", "adam_betas": "0.8:0.99", "attention": "mla", "batch_size": "8", "bias": "qkv", "depth": "6",
-    "embedding": "scaled", "loss": "focal:1.5", "mlp_dim": "96", "moe": "sigmoid:4:2", "norm": "layernorm",
-    "norm_placement": "post", "optimizer": "lion", "pattern": "SL", "position": "alibi", "qk_norm": "head",
-    "rope_scaling": "yarn:4:64", "rope_theta": "500000", "schedule": "wsd", "sliding_window": "16", "softcap": "30",
-    "sparse": "fixed:8:2", "steps": "9", "tie_embeddings": "false", "warmup": "7", "width": "192",
+    "embedding": "scaled", "loss": "focal:1.5", "lora_rank": "8", "mlp_dim": "96", "moe": "sigmoid:4:2",
+    "norm": "layernorm", "norm_placement": "post", "optimizer": "lion", "pattern": "SL", "position": "alibi",
+    "qk_norm": "head", "rope_scaling": "yarn:4:64", "rope_theta": "500000", "schedule": "wsd", "sliding_window": "16",
+    "softcap": "30", "sparse": "fixed:8:2", "steps": "9", "tie_embeddings": "false", "warmup": "7", "width": "192",
 }  # fmt: skip
 
 

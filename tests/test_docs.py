@@ -22,6 +22,7 @@ import tomllib
 import pytest
 
 from foundry_jax import config, mutate
+from tests import checkpoints
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,6 +47,7 @@ SMALL = {
     "data.validation_fraction": "0.01",
     "data.tokenizer": "byte",  # fitting a BPE tokenizer takes longer than all the rest
 }
+PRETRAINED = "smollm2-135m"  # in commands a tiny checkpoint stands for it; python blocks load it
 SHRINK = f"""
 
 _full_size = get_config
@@ -56,6 +58,10 @@ def get_config(arg=""):
 
     return set_values(_full_size(arg), {SMALL!r})
 """
+
+
+SIZES_THAT_FIT = {key: value for key, value in SMALL.items() if key.partition(".")[0] != "model"}
+SHRINK_PRETRAINED = SHRINK.replace(repr(SMALL), repr(SIZES_THAT_FIT | {"model.context_length": "32"}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +109,10 @@ def checkout(tmp_path):
     """A folder with the files that commands may name, and texts to train on."""
     for name in ("configs", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    tiny = checkpoints.write(tmp_path / "tiny")
     for path in (tmp_path / "configs").glob("[a-z]*.py"):
-        path.write_text(path.read_text("utf-8") + SHRINK, "utf-8")
+        shrink = SHRINK_PRETRAINED if path.name == "finetune.py" else SHRINK
+        path.write_text(path.read_text("utf-8").replace(PRETRAINED, str(tiny)) + shrink, "utf-8")
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     text = (ROOT / "LICENSE").read_text("utf-8")
@@ -146,6 +154,14 @@ def plan(words: list[str], folder: pathlib.Path) -> None:
     assert json.loads(shown)["plan"] if "--json" in words else shown.startswith("strategy: ")
 
 
+def zoo(words: list[str], folder: pathlib.Path) -> None:
+    """Runs a command on pretrained models, a tiny one in place of the real one; trains a run that is not there yet."""
+    words = [str(folder / "tiny") if word == PRETRAINED else word for word in words]
+    if "export" in words and not (folder / words[4]).exists():
+        train(shlex.split(f"python -m foundry_jax.main --config=configs/smoke.py --workdir={words[4]}"), folder)
+    assert python(words, folder)
+
+
 def make(words: list[str], _: pathlib.Path) -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for target in words[1:]:
@@ -174,6 +190,7 @@ RULES = {
     r"python -m foundry_jax[\w.]* --help": python,
     r"python -m foundry_jax\.main --config=\S+( --\S+)*": train,
     r"python -m foundry_jax\.cli\.plan --config=\S+( --\S+)*": plan,
+    r"python -m foundry_jax\.zoo (list|convert|verify|export)( \S+)*": zoo,
     r"python docs/make_(configuration|variants)\.py": python,
     r"cp configs/\w+\.py configs/\w+\.py": execute,
     r"make( [a-z-]+)+": make,

@@ -29,7 +29,8 @@ def config_of(moe, **changes):
 
 @functools.cache
 def programs(program):
-    return jax.jit(functools.partial(train_step, program)), jax.jit(lambda hyper: unbox(init_state(program, hyper)))
+    step_fn = jax.jit(functools.partial(train_step, program, base={}))
+    return step_fn, jax.jit(lambda hyper: unbox(init_state(program, hyper)))
 
 
 def step(config, batch):

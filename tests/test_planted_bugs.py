@@ -121,8 +121,8 @@ def read_a_token_twice_when_it_is_fed_twice(patch):
 
 
 def cut_the_gradient_of_every_kernel(patch):
-    kernel = Linear.kernel
-    patch.setattr(Linear, "kernel", lambda self: jax.lax.stop_gradient(kernel(self)))
+    kernel = Linear._kernel
+    patch.setattr(Linear, "_kernel", lambda self: jax.lax.stop_gradient(kernel(self)))
 
 
 def norm_over_the_batch(patch):

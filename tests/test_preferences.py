@@ -195,7 +195,8 @@ def dpo(loss="dpo", **optimizer):
 
 @functools.cache
 def jitted(function, program):
-    return jax.jit(functools.partial(function, program))
+    without = {"base": {}} if function is train_step else {"hyper": None, "base": {}}  # no adapters
+    return jax.jit(functools.partial(function, program, **without))
 
 
 def state_of(program, hyper):

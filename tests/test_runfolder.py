@@ -253,3 +253,35 @@ def test_the_other_processes_of_a_run_write_nothing(tmp_path):
 def test_looking_at_runs_needs_no_jax():
     script = "import sys, foundry_jax.runfolder; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_a_file_of_the_run_is_kept_whole_with_what_lies_beside_it_and_never_replaced(tmp_path):
+    def save(text):
+        def save(path):
+            path.with_name("beside.json").write_text(text)
+            path.write_text(text)
+
+        return save
+
+    def fail(path):
+        path.write_text("half")
+        raise UserError("no more")
+
+    with RunFolder(tmp_path) as folder:
+        with pytest.raises(UserError, match="no more"):
+            folder.keep("a.json", fail)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        for text in ("one", "two"):
+            folder.keep("a.json", save(text))
+    assert {path.name: path.read_text() for path in tmp_path.glob("*.json")} == {"a.json": "one", "beside.json": "one"}
+    with RunFolder(tmp_path, primary=False) as folder:
+        folder.keep("b.json", save("three"))
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_weights_that_are_not_trained_stay_the_same(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        for name in ("here", "elsewhere"):
+            folder.require_same_source(name, "3c0f")
+        with pytest.raises(UserError, match="began with weights of here that are not those of there now"):
+            folder.require_same_source("there", "11aa")

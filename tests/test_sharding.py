@@ -119,7 +119,7 @@ def losses_of(config, decision, num_steps):
         for _ in range(num_steps):
             tokens = rng.integers(0, 40, (8, 9)).astype(np.int32)
             batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((8, 8), np.float32)}
-            state, metrics = step(state, jax.device_put(batch, decision.batch_sharding()), hyper)
+            state, metrics = step(state, jax.device_put(batch, decision.batch_sharding()), hyper, {})
             losses.append(float(metrics["loss"]))
     return np.array(losses), state
 

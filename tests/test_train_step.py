@@ -48,14 +48,20 @@ def pairs_of(seed=0, pairs=ROWS):
     }
 
 
+def traced(function, program):
+    """Returns a new jitted step or evaluation of a program without adapters."""
+    without = {"base": {}} if function is train_step else {"hyper": None, "base": {}}
+    return jax.jit(functools.partial(function, program, **without))
+
+
 @functools.cache
 def step_of(program):
-    return jax.jit(functools.partial(train_step, program))
+    return traced(train_step, program)
 
 
 @functools.cache
 def eval_of(program):
-    return jax.jit(functools.partial(eval_step, program))
+    return traced(eval_step, program)
 
 
 @functools.cache
@@ -180,7 +186,7 @@ def test_validation_is_plain_cross_entropy_whatever_the_training_loss():
     config = config_of("label_smoothing=0.3")
     step, state, hyper = begin(config)
     _, metrics = step(state, batch_of(), hyper)
-    nats, count = eval_step(Program.of(config), state.params, batch_of())
+    nats, count = eval_of(Program.of(config))(state.params, batch_of())
     assert float(count) == batch_of()["weights"].sum()
     assert float(nats / count) == pytest.approx(float(metrics["cross_entropy"]), rel=1e-6)
     assert float(metrics["loss"]) != pytest.approx(float(metrics["cross_entropy"]), rel=1e-6)
@@ -246,9 +252,9 @@ def test_logits_in_chunks_change_no_step_and_no_evaluation(monkeypatch):
     step, state, hyper = begin(config)
     (one, metrics), nats = step(state, batch, hyper), eval_of(program)(state.params, batch)[0]
     chunked(monkeypatch)
-    two, metrics_in_chunks = jax.jit(functools.partial(train_step, program))(state, batch, hyper)
+    two, metrics_in_chunks = traced(train_step, program)(state, batch, hyper)
     assert floats(metrics_in_chunks) == pytest.approx(floats(metrics), rel=1e-5)
-    nats_in_chunks = jax.jit(functools.partial(eval_step, program))(state.params, batch)[0]
+    nats_in_chunks = traced(eval_step, program)(state.params, batch)[0]
     assert float(nats_in_chunks) == pytest.approx(float(nats), rel=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), one.opt_state[1].mu, two.opt_state[1].mu)
 
@@ -260,13 +266,13 @@ def test_logits_in_chunks_are_the_same_on_eight_devices(monkeypatch):
     config = dataclasses.replace(config, sharding=layout)
     program, hyper, batch = Program.of(config), hyperparameters(config), batch_of(rows=8)
     chunked(monkeypatch)
-    one, metrics = jax.jit(functools.partial(train_step, program))(init_of(program)(hyper), batch, hyper)
+    one, metrics = traced(train_step, program)(init_of(program)(hyper), batch, hyper)
     plan = sharding.plan(1, 8, config.sharding)
     with plan.context():
         state = compilation.compile_init(program, plan)(hyper)
         step = compilation.compile_train_step.__wrapped__(program, plan, (8, LENGTH))
         placed = {name: jax.device_put(x, plan.batch_sharding()) for name, x in batch.items()}
-        two, metrics_of_eight = step(state, placed, hyper)
+        two, metrics_of_eight = step(state, placed, hyper, {})
     assert floats(metrics_of_eight) == pytest.approx(floats(metrics), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), one.opt_state[1].mu, two.opt_state[1].mu)
     # The kernel [D, V / tensor] and its gradient go over the wire once, not once a chunk.
@@ -285,7 +291,7 @@ def test_no_number_of_the_recipe_recompiles_the_step():
         config = dataclasses.replace(config_of(recipe), seed=len(recipe))
         step = compilation.compile_train_step(Program.of(config), plan, (ROWS, LENGTH))
         state = compilation.compile_init(Program.of(config), plan)(hyperparameters(config))
-        step(state, batch_of(), hyperparameters(config))
+        step(state, batch_of(), hyperparameters(config), {})
         if before is None:
             before = compilation.counts()["compiles"]
     assert compilation.counts()["compiles"] == before

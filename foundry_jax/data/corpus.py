@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from foundry_jax.data.cache import Entry, cache_root, open_or_build
+from foundry_jax.data.chat import Chat
 from foundry_jax.data.sources import SOURCES
 from foundry_jax.data.sources.bin import DTYPES, TokenFiles, open_tokens
+from foundry_jax.data.sources.chat import ChatFiles, SpelledChats
 from foundry_jax.data.sources.text import TextFiles
 from foundry_jax.data.split import Texts, split
 from foundry_jax.data.tokenize import TOKENIZERS, Tokenizer, batched, load_tokenizer
@@ -39,6 +41,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when the same spec would give other tokens
 BATCH_CHARACTERS = 1 << 22  # encoded at a time: enough to keep every core busy
+
+Source = TextFiles | SpelledChats
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,8 +73,11 @@ class Corpus:
         )
 
 
-def prepare(config: DataConfig) -> Corpus:
+def prepare(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     """Returns the corpus a DataConfig describes; the first call writes it to the token cache, later ones map it.
+
+    Args:
+        tokenizer: the model's own, if it has one already; config.tokenizer_path overrules it.
 
     Raises:
         UserError: unknown source or tokenizer, data that is missing, empty or unreadable, a tokenizer that does not
@@ -78,7 +85,9 @@ def prepare(config: DataConfig) -> Corpus:
     """
     source = lookup(SOURCES, config.source, "data.source")(config.path)
     kind = lookup(TOKENIZERS, config.tokenizer, "data.tokenizer")
-    tokenizer = load_tokenizer(config.tokenizer_path) if config.tokenizer_path else None
+    tokenizer = load_tokenizer(config.tokenizer_path) if config.tokenizer_path else tokenizer
+    if isinstance(source, ChatFiles):
+        source = source.spelled_by(_chat(tokenizer, config))
     if isinstance(source, TokenFiles):
         corpus = _from_tokens(source, config, tokenizer)
     else:
@@ -87,7 +96,17 @@ def prepare(config: DataConfig) -> Corpus:
     return corpus
 
 
-def _from_text(source: TextFiles, config: DataConfig, kind: type[Tokenizer], tokenizer: Tokenizer | None) -> Corpus:
+def _chat(tokenizer: Tokenizer | None, config: DataConfig) -> Chat:
+    """Returns the chat that a tokenizer brings."""
+    if tokenizer is None:
+        raise UserError(
+            "data.source=chat needs the tokenizer of a chat model: set init.source to one such as smollm2-135m, or "
+            "data.tokenizer_path to a folder with its tokenizer.json and tokenizer_config.json."
+        )
+    return Chat.of(tokenizer, config.tokenizer_path or "The tokenizer")
+
+
+def _from_text(source: Source, config: DataConfig, kind: type[Tokenizer], tokenizer: Tokenizer | None) -> Corpus:
     spec = {
         "format": FORMAT,
         "source": source.fingerprint(),
@@ -97,25 +116,29 @@ def _from_text(source: TextFiles, config: DataConfig, kind: type[Tokenizer], tok
     }
     entry = open_or_build(cache_root(config.cache_dir), spec, partial(_tokenize, source, config, kind, tokenizer))
     tokens = TokenFiles(entry.folder, entry.facts["dtype"], entry.facts["vocab_size"], entry.facts["tokenizer_hash"])
-    return _corpus(source.name, tokens, load_tokenizer(entry.folder), entry)
+    return _corpus(source.name, tokens, tokenizer or load_tokenizer(entry.folder), entry)
 
 
 def _tokenize(
-    source: TextFiles, config: DataConfig, kind: type[Tokenizer], tokenizer: Tokenizer | None, folder: Path
+    source: Source, config: DataConfig, kind: type[Tokenizer], tokenizer: Tokenizer | None, folder: Path
 ) -> dict[str, Any]:
     """Writes train.bin, val.bin and tokenizer.json to a folder of the cache and returns the facts about them."""
     if skipped := source.undecodable():
         log.warning("%d of %d files are not UTF-8 and left out: %s.", len(skipped), len(source.paths), skipped[:5])
-    train, validation = split(source, config.split, config.validation_fraction)
-    if tokenizer is None:
+    is_chat = isinstance(source, SpelledChats)
+    how = "last" if is_chat and config.split == "tail" else config.split  # conversations stay whole
+    train, validation = split(source, how, config.validation_fraction)
+    known = tokenizer is not None
+    if not known:
         tokenizer = kind.for_corpus(train, validation, config.vocab_size)
-    else:
-        _warn_if_lossy(tokenizer, validation)
+    codec = source.chat if is_chat else tokenizer
+    if known:
+        _warn_if_lossy(codec, validation)
     tokenizer.save(folder / "tokenizer.json")
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     counts = {
-        "train": _write_tokens(folder / "train.bin", train, tokenizer, dtype),
-        "validation": _write_tokens(folder / "val.bin", validation, tokenizer, dtype),
+        "train": _write_tokens(folder / "train.bin", train, codec, dtype),
+        "validation": _write_tokens(folder / "val.bin", validation, codec, dtype),
     }
     return {
         "dtype": dtype,
@@ -127,18 +150,18 @@ def _tokenize(
     }
 
 
-def _write_tokens(path: Path, texts: Texts, tokenizer: Tokenizer, dtype: str) -> dict[str, int]:
+def _write_tokens(path: Path, texts: Texts, codec: Tokenizer | Chat, dtype: str) -> dict[str, int]:
     """Writes the stream of some texts and returns their number, and the number of tokens and of UTF-8 bytes."""
-    separator = [] if tokenizer.separator_id is None else [tokenizer.separator_id]
+    separator = [] if codec.separator_id is None else [codec.separator_id]
     separator = np.array(separator, DTYPES[dtype])
     documents = tokens = num_bytes = 0
     with open(path, "wb") as file:
         for batch in batched(texts, BATCH_CHARACTERS):
-            for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+            for text, ids in zip(batch, codec.encode_batch(batch), strict=True):
                 file.write(separator.tobytes() + ids.astype(DTYPES[dtype]).tobytes())
                 documents += 1
                 tokens += len(separator) + len(ids)
-                num_bytes += len(text.encode())
+                num_bytes += codec.num_bytes(text)
     return {"documents": documents, "tokens": tokens, "bytes": num_bytes}
 
 
@@ -158,11 +181,11 @@ def _first_bytes(path: Path, dtype: str, tokenizer: Tokenizer) -> int:
     return int(tokenizer.token_bytes[open_tokens(path, dtype)[0]])
 
 
-def _warn_if_lossy(tokenizer: Tokenizer, texts: Texts) -> None:
+def _warn_if_lossy(codec: Tokenizer | Chat, texts: Texts) -> None:
     lossy = total = 0
     for batch in batched(texts, BATCH_CHARACTERS):
-        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-            lossy += tokenizer.decode(ids) != text
+        for text, ids in zip(batch, codec.encode_batch(batch), strict=True):
+            lossy += codec.decode(ids) != text
             total += 1
     if lossy:
         log.warning(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
@@ -20,19 +21,19 @@ class Texts:
 
 
 def split(documents: Iterable[Document], how: str, fraction: float) -> tuple[Texts, Texts]:
-    """Returns (training, validation) texts; how is "document" or "tail", fraction the share of validation.
+    """Returns (training, validation) texts; how is "document", "tail" or "last", fraction the share of validation.
 
     Raises:
         UserError: one side or both are empty.
     """
-    train, validation = {"document": _by_document, "tail": _by_tail}[how](documents, fraction)
+    train, validation = {"document": _by_document, "tail": _by_tail, "last": _by_last}[how](documents, fraction)
     empty = [what for what, texts in (("training", train), ("validation", validation)) if _is_empty(texts)]
     if len(empty) == 2:
         raise UserError("The data holds no text: there is nothing in data.path, or only empty files.")
     if empty:
         raise UserError(
-            f"data.split={how} with data.validation_fraction={fraction:g} leaves no {empty[0]} text; "
-            f"try {'data.split=tail' if how == 'document' else 'more text'}."
+            f"data.split={'tail' if how == 'last' else how} with data.validation_fraction={fraction:g} leaves no "
+            f"{empty[0]} text; try {'data.split=tail' if how == 'document' else 'more text'}."
         )
     return train, validation
 
@@ -59,6 +60,17 @@ def _by_tail(documents: Iterable[Document], fraction: float) -> tuple[Texts, Tex
     total = sum(len(document.text) for document in documents)
     cut = int(total * (1 - fraction))
     return Texts(partial(_span, documents, 0, cut)), Texts(partial(_span, documents, cut, total))
+
+
+def _by_last(documents: Iterable[Document], fraction: float) -> tuple[Texts, Texts]:
+    """Returns the first and the last documents, whole ones: at least one for validation."""
+    total = sum(1 for _ in documents)
+    cut = max(total - max(round(total * fraction), 1), 0)
+
+    def part(start: int, stop: int) -> Iterator[str]:
+        return (document.text for document in itertools.islice(documents, start, stop))
+
+    return Texts(partial(part, 0, cut)), Texts(partial(part, cut, total))
 
 
 def _span(documents: Iterable[Document], start: int, stop: int) -> Iterator[str]:

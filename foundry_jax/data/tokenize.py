@@ -10,8 +10,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -19,10 +20,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from foundry_jax.data.hashing import sha256_json
+from foundry_jax.data.template import CONFIG, Spelling, as_config, read_spelling
 from foundry_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+FILE = "tokenizer.json"
 SEPARATOR = "<|endoftext|>"
 # What a tokenizer made elsewhere calls its end of document: GPT-2, SmolLM and Qwen; Llama 3; Mistral; Gemma.
 SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>")
@@ -36,10 +39,22 @@ class Tokenizer(abc.ABC):
     vocab_size: one more than the largest id.
     separator_id: the id put before, between and after documents; None where there is none.
     token_bytes: [vocab_size] int64, the UTF-8 bytes each id stands for (0 for control tokens); None if unknown.
+    control_ids: the ids of the control tokens of BPE, by their spelling; encode never returns one of them.
+    start_ids: what a pretrained model expects before every text; mostly nothing.
+    chat_template: how its model spells conversations (see chat.py); None: it was not taught any.
+    special_tokens: what such templates call some control tokens: {"eos_token": "<|im_end|>"}.
     """
 
     vocab_size: int
     separator_id: int | None
+    start_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+    special_tokens: Mapping[str, str] = MappingProxyType({})
+
+    @property
+    def control_ids(self) -> dict[str, int]:
+        """See above."""
+        return {}
 
     @classmethod
     @abc.abstractmethod
@@ -60,8 +75,8 @@ class Tokenizer(abc.ABC):
         """Returns the ids of each text as an integer array: a corpus is too long for lists."""
 
     @abc.abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of some ids; the separator reads "<|endoftext|>"."""
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """Returns the text of some ids; the separator and control tokens are spelled out, or skipped."""
 
     @property
     @abc.abstractmethod
@@ -82,9 +97,22 @@ class Tokenizer(abc.ABC):
         """The sha256 of the canonical JSON: equal hashes give equal ids."""
         return sha256_json(self.to_json())
 
+    def spelled_as(self, spelling: Spelling) -> Self:
+        """Returns self, with the chat template and special tokens of the files beside a tokenizer.json."""
+        self.chat_template, self.special_tokens = spelling
+        return self
+
+    def num_bytes(self, text: str) -> int:
+        """Returns the size of a text in UTF-8."""
+        return len(text.encode())
+
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the tokenizer to a JSON file that load and load_tokenizer read."""
-        Path(path).write_text(json.dumps(self.to_json(), ensure_ascii=False), "utf-8")
+        """Writes the tokenizer to a JSON file that load and load_tokenizer read; beside tokenizer.json its template."""
+        path = Path(path)
+        path.write_text(json.dumps(self.to_json(), ensure_ascii=False), "utf-8")
+        config = as_config(Spelling(self.chat_template, dict(self.special_tokens)))
+        if path.name == FILE and config:
+            (path.parent / CONFIG).write_text(json.dumps(config, ensure_ascii=False), "utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Self:
@@ -133,7 +161,7 @@ class CharTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode(text) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         return "".join(self.characters[index] for index in ids)
 
     def to_json(self) -> dict[str, Any]:
@@ -176,9 +204,10 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Returns the text; bytes that are not UTF-8, as a model may well produce, become U+FFFD."""
-        data = b"".join(SEPARATOR.encode() if index == self.separator_id else bytes([index]) for index in ids)
+        separator = b"" if skip_special else SEPARATOR.encode()
+        data = b"".join(separator if index == self.separator_id else bytes([index]) for index in ids)
         return data.decode("utf-8", errors="replace")
 
     def to_json(self) -> dict[str, Any]:
@@ -201,6 +230,7 @@ class BPETokenizer(Tokenizer):
             raise UserError(f"vocab_size={vocab_size} must be at least 257: 256 bytes and the separator.")
         self.vocab_size = vocab_size
         self.separator_id = None
+        self.start_ids = ()
         self._backend = None
         self._can_cut = False
 
@@ -256,17 +286,36 @@ class BPETokenizer(Tokenizer):
                 parts[row].append(np.array(encoding.ids, np.uint32))
         return [np.concatenate(arrays) for arrays in parts]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._fitted.decode([int(index) for index in ids], skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        return self._fitted.decode([int(index) for index in ids], skip_special_tokens=skip_special)
+
+    def library_json(self) -> str:
+        """Returns the tokenizer.json that the `tokenizers` library and transformers read."""
+        return self._fitted.to_str()
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(self._fitted.to_str())
+        """Returns the library's JSON; for a separator not in SEPARATORS, {"separator": ..., "tokenizer": that JSON}."""
+        value = json.loads(self.library_json())
+        separator = self._fitted.id_to_token(self.separator_id)
+        return value if separator in SEPARATORS else {"separator": separator, "tokenizer": value}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
+    def from_json(cls, value: dict[str, Any], *, end_id: int | None = None) -> Self:
+        """Returns the tokenizer of what to_json or the library wrote.
+
+        Args:
+            end_id: the separator, if there is none of SEPARATORS: the id that ends what the model writes.
+        """
+        separator = value.get("separator")
+        backend = tokenizers.Tokenizer.from_str(json.dumps(value["tokenizer"] if separator else value))
         tokenizer = cls()
-        tokenizer._adopt(tokenizers.Tokenizer.from_str(json.dumps(value)))
+        tokenizer._adopt(backend, separator or (None if end_id is None else backend.id_to_token(end_id)))
         return tokenizer
+
+    @property
+    def control_ids(self) -> dict[str, int]:
+        added = self._fitted.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
 
     @property
     def _fitted(self) -> tokenizers.Tokenizer:
@@ -274,10 +323,10 @@ class BPETokenizer(Tokenizer):
             raise UserError("This BPETokenizer has no merges yet; call fit(texts) or BPETokenizer.load(path).")
         return self._backend
 
-    def _adopt(self, backend: tokenizers.Tokenizer) -> None:
+    def _adopt(self, backend: tokenizers.Tokenizer, end: str | None = None) -> None:
         vocabulary = backend.get_vocab()
-        separator = next((token for token in SEPARATORS if token in vocabulary), None)
-        if separator is None:
+        separator = next((token for token in SEPARATORS if token in vocabulary), end)
+        if separator not in vocabulary:
             raise UserError(f"The tokenizer has no token for the end of a document: none of {', '.join(SEPARATORS)}.")
         backend.add_special_tokens([separator])  # some files leave it unmarked, and text could then spell it
         backend.encode_special_tokens = True  # text that spells a control token stays text; not saved by the library
@@ -285,26 +334,49 @@ class BPETokenizer(Tokenizer):
         backend.no_padding()
         self.vocab_size = max(vocabulary.values()) + 1
         self.separator_id = vocabulary[separator]
+        self.start_ids = _start_ids(backend)
         self._backend = backend
         self._can_cut = _is_gpt2(backend)
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike, *, end_id: int | None = None) -> Tokenizer:
     """Returns the tokenizer in a file, one of ours or any Hugging Face tokenizer.json, or in a folder that has one.
+
+    Args:
+        end_id: the separator, if the tokenizer has none of SEPARATORS.
 
     Raises:
         UserError: no such file, or it holds no tokenizer.
     """
     path = Path(os.path.expanduser(path))
-    path = path / "tokenizer.json" if path.is_dir() else path
-    value = _read_json(path)
+    path = path / FILE if path.is_dir() else path
+    tokenizer = tokenizer_of(_read_json(path), path, end_id=end_id)
+    return tokenizer.spelled_as(read_spelling(path.parent)) if path.name == FILE else tokenizer
+
+
+def tokenizer_of(value: dict[str, Any], where: str | os.PathLike, *, end_id: int | None = None) -> Tokenizer:
+    """Returns the tokenizer that a JSON value describes; as load_tokenizer, with `where` for messages."""
     kinds = {"char": CharTokenizer, "byte": ByteTokenizer}
-    return _from_json(kinds.get(value.get("type"), BPETokenizer), value, path)
+    kind = kinds.get(value.get("type"))
+    return _from_json(kind, value, where) if kind else _from_json(BPETokenizer, value, where, end_id=end_id)
+
+
+def _start_ids(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """Returns the ids that the tokenizer's own template puts before a text, such as Llama 3's <|begin_of_text|>."""
+    encoding = backend.encode("a")
+    is_control = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    return tuple(index for index, _ in itertools.takewhile(lambda item: item[1], is_control))
 
 
 def _is_gpt2(backend: tokenizers.Tokenizer) -> bool:
-    """Returns whether text is split into words by GPT-2's pattern and nothing else, as `pieces` assumes."""
+    """Returns whether text is split into words by GPT-2's pattern and nothing else, as `pieces` assumes.
+
+    SmolLM's splits off single digits before, which is no more than that pattern allows.
+    """
     words = backend.pre_tokenizer
+    if isinstance(words, pre_tokenizers.Sequence):
+        *before, words = words
+        words = words if all(isinstance(step, pre_tokenizers.Digits) for step in before) else None
     only_special = all(token.special for token in backend.get_added_tokens_decoder().values())
     return isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex and not backend.normalizer and only_special
 
@@ -346,9 +418,9 @@ def _read_json(path: str | os.PathLike) -> dict[str, Any]:
     return value
 
 
-def _from_json(kind: type[Tokenizer], value: dict[str, Any], path: str | os.PathLike) -> Tokenizer:
+def _from_json(kind: type[Tokenizer], value: dict[str, Any], path: str | os.PathLike, **options) -> Tokenizer:
     try:
-        return kind.from_json(value)
+        return kind.from_json(value, **options)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # the tokenizers library raises bare Exception for a file it does not understand

@@ -100,3 +100,8 @@ def default_mlp_dim(model_dim: int, mlp: str) -> int:
 def divisors(number: int) -> list[int]:
     """Returns the divisors of a positive number in ascending order."""
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def scale_of(rank: int, alpha: float, *, rslora: bool) -> float:
+    """Returns the weight of a low-rank adapter: alpha / rank, or alpha / sqrt(rank) (rsLoRA; 2312.03732)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)

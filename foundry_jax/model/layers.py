@@ -40,6 +40,8 @@ class Linear(nn.Module):
 
     The product runs on [tokens, in] x [in, out]: on XLA:CPU the backward pass of the same product on
     [B, L, D] is twice as slow, because it copies transposed operands (7.7 ms against 4.0 ms for one MLP).
+
+    Where the collection "lora" has an adapter for this map (see lora.py), its product x a b is added.
     """
 
     in_shape: tuple[int, ...]
@@ -60,14 +62,35 @@ class Linear(nn.Module):
         """Maps [..., *in_shape] to [..., *out_shape]."""
         leading = x.shape[: x.ndim - len(self.in_shape)]
         in_size, out_size = math.prod(self.in_shape), math.prod(self.out_shape)
-        y = x.reshape(math.prod(leading), in_size) @ self.kernel().reshape(in_size, out_size)
+        x = x.reshape(math.prod(leading), in_size)
+        y = x @ self._kernel().reshape(in_size, out_size)
+        if self.has_variable("lora", "a"):
+            y = y + self._adapted(x)
         if self.use_bias:
             y = y + self.bias.reshape(1, out_size).astype(self.dtype)
         return y.reshape(*leading, *self.out_shape)
 
     def kernel(self) -> jax.Array:
-        """Returns the kernel [*in_shape, *out_shape] in the compute dtype."""
+        """Returns the kernel [*in_shape, *out_shape] in the compute dtype, an adapter's product added to it."""
+        if not self.has_variable("lora", "a"):
+            return self._kernel()
+        a, b = self._adapter()
+        return (self.weight + (a @ b).reshape(self.weight.shape)).astype(self.dtype)
+
+    def _kernel(self) -> jax.Array:
         return self.weight.astype(self.dtype)
+
+    def _adapted(self, x: jax.Array) -> jax.Array:
+        """Returns x a b for rows x, in training with dropout before it."""
+        if self.has_variable("lora", "rate"):
+            x = dropped(x, self.get_variable("lora", "rate"), self.make_rng("dropout"))
+        a, b = (factor.astype(self.dtype) for factor in self._adapter())
+        return x @ a @ b
+
+    def _adapter(self) -> tuple[jax.Array, jax.Array]:
+        """Returns (a [in, R], b [R, out]), the axes of both sides run together."""
+        a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+        return a.reshape(math.prod(self.in_shape), -1), b.reshape(-1, math.prod(self.out_shape))
 
 
 class Embed(nn.Module):
@@ -97,7 +120,10 @@ class Dropout(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, rate: jax.Array | None) -> jax.Array:
         """Returns x with a share `rate` of its entries zeroed and the rest scaled up; None: x itself."""
-        if rate is None:
-            return x
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - rate, x.shape)
-        return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), jnp.zeros_like(x))
+        return x if rate is None else dropped(x, rate, self.make_rng("dropout"))
+
+
+def dropped(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns x with a share `rate` of its entries zeroed and the rest scaled up."""
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), jnp.zeros_like(x))

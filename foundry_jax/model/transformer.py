@@ -130,7 +130,7 @@ class Transformer(nn.Module):
         if stacking.repeats:
             self.blocks = nn.scan(
                 Group,
-                variable_axes={"params": 0, "router": 0},
+                variable_axes={"params": 0, "lora": 0, "router": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 length=stacking.repeats,

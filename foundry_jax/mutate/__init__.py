@@ -48,6 +48,9 @@ MUTATIONS = {
     "loss": training.loss,
     "label_smoothing": training.label_smoothing,
     "z_loss": training.z_loss,
+    "lora_rank": training.lora_rank,
+    "lora_alpha": training.lora_alpha,
+    "lora_dropout": training.lora_dropout,
     "steps": training.steps,
 }
 

@@ -87,6 +87,21 @@ def z_loss(config, weight: str):
     return {"loss.z_loss": weight}
 
 
+def lora_rank(config, rank: str):
+    """Rank of the adapters that are trained instead of the parameters; 0 trains all. Hu et al. 2021, 2106.09685."""
+    return {"lora.rank": rank}
+
+
+def lora_alpha(config, alpha: str):
+    """Weight of the adapters, divided by their rank."""
+    return {"lora.alpha": alpha}
+
+
+def lora_dropout(config, rate: str):
+    """Dropout rate before the adapters."""
+    return {"lora.dropout": rate}
+
+
 def steps(config, count: str):
     """Optimizer steps of the run; the schedule stretches with it."""
     return {"num_steps": count}

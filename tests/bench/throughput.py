@@ -34,7 +34,7 @@ def our_step(batch_size: int) -> Callable[[], None]:
 
     def step():
         nonlocal state
-        state, metrics = compiled(state, batch, hyperparameters(settings))
+        state, metrics = compiled(state, batch, hyperparameters(settings), {})
         jax.block_until_ready((state, metrics))
 
     return step

@@ -301,7 +301,7 @@ def test_tokens_of_another_tokenizer_are_refused_with_both_hashes(bin_config, tm
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"source": "txt"}, r"Unknown data\.source 'txt'\. Did you mean 'text'\? Choose from: bin, pystdlib, text"),
+        ({"source": "txt"}, r"Unknown data\.source 'txt'\. Did you mean 'text'\? Choose from: bin, chat, pystdlib"),
         ({"tokenizer": "bpee"}, r"Unknown data\.tokenizer 'bpee'\. Did you mean 'bpe'\? Choose from: bpe, byte, char"),
         ({"path": "nowhere"}, "No file or folder at data.path='nowhere'"),
         ({"tokenizer_path": "nowhere.json"}, r"Cannot read the tokenizer nowhere\.json: No such file"),
