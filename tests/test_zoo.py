@@ -3,6 +3,7 @@
 import json
 import pathlib
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -518,3 +519,12 @@ def test_neither_torch_nor_transformers_is_imported(tmp_path, folder):
 def test_the_size_of_a_model_follows_from_its_settings(folder):
     model = zoo.load_pretrained(folder)
     assert num_params(model.config) == sum(x.size for x in jax.tree.leaves(model.params))
+
+
+def test_a_copy_has_the_same_fingerprint_and_other_weights_have_another(tmp_path, folder):
+    source = zoo.open_source(folder)
+    copied = zoo.open_source(shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile))
+    assert copied.fingerprint == source.fingerprint
+    assert zoo.open_source(write(tmp_path / "other", tensors(seed=1), files=3)).fingerprint != source.fingerprint
+    renamed = zoo.open_source(write(tmp_path / "theta", tensors(), files=3, rope_theta=5e5))
+    assert renamed.fingerprint != source.fingerprint

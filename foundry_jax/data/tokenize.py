@@ -374,9 +374,10 @@ def _is_gpt2(backend: tokenizers.Tokenizer) -> bool:
     SmolLM's splits off single digits before, which is no more than that pattern allows.
     """
     words = backend.pre_tokenizer
-    if isinstance(words, pre_tokenizers.Sequence):
-        *before, words = words
-        words = words if all(isinstance(step, pre_tokenizers.Digits) for step in before) else None
+    steps = list(words) if isinstance(words, pre_tokenizers.Sequence) else [words]
+    if not steps or not all(isinstance(step, pre_tokenizers.Digits) for step in steps[:-1]):
+        return False
+    words = steps[-1]
     only_special = all(token.special for token in backend.get_added_tokens_decoder().values())
     return isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex and not backend.normalizer and only_special
 

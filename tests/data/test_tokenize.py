@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from foundry_jax.data import TOKENIZERS, load_tokenizer
 from foundry_jax.data.tokenize import SEPARATOR, BPETokenizer, ByteTokenizer, CharTokenizer, batched, pieces
@@ -132,6 +132,66 @@ def test_long_texts_are_cut_without_changing_their_ids(bpe, monkeypatch):
     assert len(cut) > 300 and "".join(cut) == text
     monkeypatch.setattr("foundry_jax.data.tokenize.pieces", lambda text: iter(cut))
     assert bpe.encode(text) == whole
+
+
+def test_long_texts_are_cut_where_digits_are_split_off_first(bpe, monkeypatch):
+    value = bpe.to_json()
+    digits = {"type": "Digits", "individual_digits": True}
+    value["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, value["pre_tokenizer"]]}
+    smollm, rng = BPETokenizer.from_json(value), random.Random(2)
+    words = ["the", "1", "22", " 333", "3 ", " ", "  ", "\n", "\n\n", "'s", "½", "٣", "+"]
+    text = "".join(rng.choice(words) for _ in range(3000))
+    whole = smollm._fitted.encode(text, add_special_tokens=False).ids
+    cut = list(pieces(text, 7))
+    assert len(cut) > 200 and smollm._can_cut
+    monkeypatch.setattr("foundry_jax.data.tokenize.pieces", lambda text: iter(cut))
+    assert smollm.encode(text) == whole
+
+
+@pytest.mark.parametrize("steps", [[], ["Split"], ["Digits", "Split"]])
+def test_texts_of_other_tokenizers_are_not_cut(steps, bpe):
+    value, split = bpe.to_json(), {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Isolated", "invert": False}
+    known = {"Split": split, "Digits": {"type": "Digits", "individual_digits": True}}
+    last = [] if not steps else [value["pre_tokenizer"]]
+    value["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [known[step] for step in steps] + last}
+    assert not BPETokenizer.from_json(value)._can_cut
+
+
+def test_control_tokens_are_known_by_their_spelling_and_can_be_left_out_of_a_text(bpe):
+    assert bpe.control_ids == {SEPARATOR: 0}
+    for tokenizer in (bpe, ByteTokenizer()):
+        ids = [tokenizer.separator_id, *tokenizer.encode("the cat"), tokenizer.separator_id]
+        assert tokenizer.decode(ids) == f"{SEPARATOR}the cat{SEPARATOR}"
+        assert tokenizer.decode(ids, skip_special=True) == "the cat"
+    assert ByteTokenizer().control_ids == CharTokenizer("abc").control_ids == {}
+    assert CharTokenizer("abc").decode([2, 0], skip_special=True) == "ca"
+
+
+def test_what_a_template_puts_before_a_text_is_known_and_never_encoded(bpe):
+    assert bpe.start_ids == ByteTokenizer().start_ids == ()
+    backend = tokenizers.Tokenizer.from_str(bpe.library_json())
+    backend.add_special_tokens(["<s>", "</s>"])
+    ids = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
+    tokenizer = BPETokenizer.from_json(json.loads(backend.to_str()))
+    assert tokenizer.start_ids == (ids[0][1],)
+    assert tokenizer.encode("the cat") == bpe.encode("the cat")
+
+
+def test_without_a_known_separator_the_end_of_the_model_is_one(bpe, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(bpe.library_json().replace(SEPARATOR, "<end>"), "utf-8")
+    with pytest.raises(UserError, match="no token for the end of a document"):
+        load_tokenizer(path)
+    with pytest.raises(UserError, match="no token for the end of a document"):
+        load_tokenizer(path, end_id=9999)
+    tokenizer = load_tokenizer(path, end_id=0)
+    assert tokenizer.separator_id == 0 and tokenizer.decode([0]) == "<end>"
+    assert 0 not in tokenizer.encode("a<end>b")
+    tokenizer.save(path)
+    again = load_tokenizer(path)
+    assert (again.hash, again.separator_id) == (tokenizer.hash, 0)
+    assert load_tokenizer(path, end_id=5).separator_id == 0
 
 
 def test_batched_keeps_order_and_ends_a_list_at_the_limit():
