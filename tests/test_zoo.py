@@ -1,5 +1,6 @@
 """Hugging Face folders: what they mean, what is refused, where parameters go, and the way back."""
 
+import gc
 import json
 import pathlib
 import pickle
@@ -7,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 
 import jax
 import ml_dtypes
@@ -304,6 +306,26 @@ def test_eight_devices_hold_their_eighths_and_no_read_gives_more_than_one_of_the
             assert sizes == [np.prod(shape) // 8] * 8, path
         else:
             assert sizes == [np.prod(shape)], path  # a copy for everyone is read once
+
+
+def test_a_load_onto_eight_devices_never_has_a_whole_parameter_in_numpy(tmp_path):
+    """XLA's own buffers are the devices; what numpy holds besides is what is on its way to one of them."""
+    vocab_size = 2**16
+    embedding = np.zeros((vocab_size, DIM), np.float32)
+    found = {name: x.astype(np.float32) for name, x in tensors().items()} | {"model.embed_tokens.weight": embedding}
+    source = zoo.open_source(write(tmp_path, found, vocab_size=vocab_size, tokenizer=False))
+    plan = sharding.plan(1, 8, ShardingConfig("fsdp", 1e9, 0, 0, 0))
+    shardings = plan.shardings(load.abstract_params(source.model))
+    del found
+    for _ in range(2):  # the first time Python and JAX fill their caches
+        tracemalloc.start()
+        with plan.context():
+            params = load.load(source.read, source.model, shardings)
+        gc.collect()
+        held, peak = tracemalloc.get_traced_memory()  # on CPU a device's buffer may be the array that numpy filled
+        tracemalloc.stop()
+    assert params["embed"]["embedding"].addressable_shards[0].data.nbytes == embedding.nbytes / 8
+    assert peak - held < 0.45 * embedding.nbytes  # an eighth, and as much twice while safetensors reads it
 
 
 def test_a_tied_model_may_repeat_its_embedding_as_output_map(tmp_path, stored):
