@@ -64,11 +64,12 @@ def summary(result: dict) -> str:
     mfu = f", {result['mfu']:.0%} of peak" if result["mfu"] else ""
     compiled = result["compilations"]
     averaged = f"of averaged weights {validation['ema_loss']:.4f}"
+    total, trained = result["num_params"], result["num_trained_params"]
+    parameters = f"{total:,} parameters" if trained == total else f"{total:,} parameters ({trained:,} trained)"
     return "\n".join(
         [
             f"validation loss {validation['loss']:.4f} nats per token{bits}; {averaged}",
-            f"{result['num_params']:,} parameters, {result['tokens']:,} tokens, "
-            f"{result['tokens_per_second']:,.0f} tokens per second{mfu}",
+            f"{parameters}, {result['tokens']:,} tokens, {result['tokens_per_second']:,.0f} tokens per second{mfu}",
             "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
             f"compilation cache: {compiled['hits']} hits, {compiled['misses']} misses",
         ]

@@ -67,3 +67,12 @@ def test_a_run_that_will_not_fit_is_warned_about_with_the_strategy_that_would(ca
         train.warn_about_memory(config, decision, forecast.memory(config, decision).total - 1)
     assert "ddp needs about 0.2 GiB per device" in caplog.text
     assert "try sharding.strategy=fsdp" in caplog.text
+
+
+def test_how_many_parameters_adapters_train_is_shown():
+    done = plan("--config=configs/smoke.py:lora_rank=2", "--config.lora.targets=attention/query", "--json")
+    report = json.loads(done.stdout)
+    assert report["num_trained_params"] == 2 * 2 * (16 + 16)  # layers, rank, into and out of the map
+    assert report["num_trained_params"] < report["num_params"] / 10
+    shown = plan("--config=configs/smoke.py:lora_rank=2", "--config.lora.targets=attention/query").stdout
+    assert f"{report['num_params']:,} parameters in all, 128 trained" in shown

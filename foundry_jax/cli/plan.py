@@ -51,6 +51,7 @@ def main() -> None:
     report = {
         "plan": dataclasses.asdict(plan),
         "num_params": transformer.num_params(config.model),
+        "num_trained_params": forecast.num_trained_params(config),
         "params": [dataclasses.asdict(row) for row in rows],
         "memory": dataclasses.asdict(memory) | {"total": memory.total},
     }
@@ -80,7 +81,9 @@ def show(report: dict[str, Any]) -> None:
     for row in report["params"]:
         table.add_row(row["name"], "x".join(map(str, row["shape"])), row["spec"], f"{row['bytes_per_device']:,}")
     console.print(table)
-    console.print(f"{report['num_params']:,} parameters; estimated per device, in GiB:")
+    total, trained = report["num_params"], report["num_trained_params"]
+    counts = f"{total:,} parameters" if trained == total else f"{total:,} parameters in all, {trained:,} trained"
+    console.print(f"{counts}; estimated per device, in GiB:")
     console.print(", ".join(f"{name} {size / GIB:.3f}" for name, size in memory.items()))
     if "fits" in report:
         fitting = [f"{name} ({size / GIB:.2f} GiB)" for name, size in report["strategies_that_fit"].items()]

@@ -70,6 +70,7 @@ def export(
     }
     if source.stop_ids:
         config["eos_token_id"] = source.stop_ids[0] if len(source.stop_ids) == 1 else list(source.stop_ids)
+    texts = source.texts()
     with new_folder(destination) as folder:
         for name, shard in shards.items():
             _write_shard(folder / name, shard, source, spelled, numpy_dtype, progress)
@@ -78,7 +79,7 @@ def export(
             weight_map = {tensor.part.name: name for name, shard in shards.items() for tensor in shard}
             write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(folder / "config.json", config)
-        for name, text in source.texts().items():
+        for name, text in texts.items():
             (folder / name).write_text(text, "utf-8")
     return family
 

@@ -145,7 +145,7 @@ class HuggingFaceFolder(NamedSource):
         path = self.path / "tokenizer.json"
         if not path.exists():
             return None
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, end_id=self.stop_ids[0] if self.stop_ids else None)
         require_vocabulary(tokenizer, self.model.vocab_size, str(path))
         return tokenizer
 

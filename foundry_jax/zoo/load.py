@@ -42,18 +42,26 @@ def load(
 
     def leaf(keys, abstract, sharding):
         part = functools.partial(_read, read, origins(path_of(keys), config), abstract.shape, np.dtype(dtype))
-        last: list[tuple[Index, np.ndarray]] = []  # copies on several devices are read once
-
-        def callback(index: Index) -> np.ndarray:
-            if not last or last[0][0] != index:
-                last.clear()
-                last.append((index, part(index)))
-                progress(last[0][1].nbytes)
-            return last[0][1]
-
-        return jax.make_array_from_callback(abstract.shape, sharding, callback).block_until_ready()
+        return _placed(part, abstract.shape, sharding, progress)
 
     return jax.tree_util.tree_map_with_path(leaf, unbox(abstract_params(config)), shardings)
+
+
+def _placed(
+    part: Callable[[Index], np.ndarray], shape: tuple[int, ...], sharding: Any, progress: Callable[[int], None]
+) -> jax.Array:
+    """Returns the parameter whose parts are part(index), one device after another.
+
+    jax.make_array_from_callback asks for all parts before it moves the first: the whole parameter would be held twice.
+    """
+    shards, last, x = [], None, None
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        if index != last:  # copies on several devices are read once
+            x = None  # before the next one is there too
+            x, last = part(index), index
+            progress(x.nbytes)
+        shards.append(jax.device_put(x, device).block_until_ready())
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def _read(read: Reader, origin: str | list[str], shape: tuple[int, ...], dtype: np.dtype, index: Index) -> np.ndarray:

@@ -18,6 +18,7 @@ from foundry_jax.errors import UserError
 from foundry_jax.model.config import ModelConfig
 from foundry_jax.model.stacking import stacking_of
 from foundry_jax.model.transformer import init_params
+from foundry_jax.schema import require
 from foundry_jax.train_step import unbox
 from foundry_jax.zoo.families import Family
 from foundry_jax.zoo.layouts import Index, Layout
@@ -165,7 +166,12 @@ class NamedSource(Source):
         return part.layout.to_ours(functools.partial(self._tensors.read, part.name), shape, index)
 
     def _account(self) -> None:
-        infos, expected = self._tensors.infos, dict(self._expected())
+        infos = self._tensors.infos
+        require(  # before shapes are derived for each of a billion layers
+            self.model.num_layers <= len(infos),
+            f"{self.name} has {len(infos)} tensors, too few for num_hidden_layers={self.model.num_layers}.",
+        )
+        expected = dict(self._expected())
         for name, shape in expected.items():
             if name not in infos:
                 raise UserError(
@@ -174,7 +180,8 @@ class NamedSource(Source):
             info = infos[name]
             if info.shape != shape:
                 raise UserError(
-                    f"{info.file}: {name} has the shape {_shape(info.shape)}, but config.json asks for {_shape(shape)}."
+                    f"{info.file}: {name} has the shape {_shape(info.shape)}, but the model's settings ask for "
+                    f"{_shape(shape)}."
                 )
             if info.dtype not in FLOATS:
                 raise UserError(
