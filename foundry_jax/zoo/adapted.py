@@ -26,6 +26,9 @@ class Adapted(Source):
         self.name, self.base, self.adapters, self.scale = name, base, adapters, scale
         self.model = base.model
 
+    def slowest(self, path: str) -> int:
+        return self.base.slowest(path)
+
     def read(self, path: str, index: Index | None = None) -> np.ndarray:
         weight = self.base.read(path, index)
         node = self.adapters

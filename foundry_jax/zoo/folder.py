@@ -3,11 +3,12 @@
 import functools
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401  gives numpy the bfloat16 that safetensors asks it for
+import ml_dtypes
 import numpy as np
 import safetensors
 
@@ -20,6 +21,7 @@ from foundry_jax.zoo.layouts import Index
 from foundry_jax.zoo.settings import Keys, model_of, read_json
 from foundry_jax.zoo.source import NamedSource, TensorInfo
 
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAMPLE, SAMPLES = 4096, 64  # bytes; how many of them tell two files of one size apart
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -42,6 +44,7 @@ class SafetensorsFiles:
         self.files: list[pathlib.Path] = []
         self.infos: dict[str, TensorInfo] = {}
         self._open: dict[str, Any] = {}
+        self._starts: dict[str, int] = {}  # where the numbers of a tensor begin in its file
         index = _read_index(folder)
         names = sorted(set(index.values())) if index else [WEIGHTS]
         for name in names:
@@ -57,13 +60,24 @@ class SafetensorsFiles:
         """Returns a tensor, or the part of it that one slice for each axis names."""
         info = self.infos[name]
         try:
+            (start, stop), *rest = [part.indices(size)[:2] for part, size in zip(index, info.shape, strict=True)]
+            if all(span == (0, size) for span, size in zip(rest, info.shape[1:], strict=True)):
+                return self._rows(name, info, start, stop)
             return self._open[info.file].get_slice(name)[index]
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"{info.file}: {name} cannot be read: {error}.") from None
 
+    def _rows(self, name: str, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        """Returns whole rows, read as they lie: get_slice takes 3 to 5 times as long (64 MB, safetensors 0.8)."""
+        dtype, row = DTYPES[info.dtype], math.prod(info.shape[1:])
+        offset = self._starts[name] + start * row * dtype.itemsize
+        x = np.fromfile(info.file, dtype, (stop - start) * row, offset=offset)
+        return x.reshape(stop - start, *info.shape[1:])
+
     def _add(self, path: pathlib.Path) -> None:
         try:
             file = safetensors.safe_open(path, framework="np")
+            starts = _starts(path)
             for name in file.keys():
                 part = file.get_slice(name)
                 if name in self.infos:
@@ -75,6 +89,15 @@ class SafetensorsFiles:
             raise UserError(f"{path} is no whole safetensors file: {error}.") from None
         self.files.append(path)
         self._open[str(path)] = file
+        self._starts |= starts
+
+
+def _starts(path: pathlib.Path) -> dict[str, int]:
+    """Returns where each tensor begins, of a file whose head safetensors has found right."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {name: 8 + size + facts["data_offsets"][0] for name, facts in header.items() if name != "__metadata__"}
 
 
 def _read_index(folder: pathlib.Path) -> dict[str, str] | None:

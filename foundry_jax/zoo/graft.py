@@ -282,11 +282,15 @@ def start(source: Source, model: ModelConfig, shardings: Any, *, fresh: bool, se
         log.info("%s: drawn from seed %d: %s.", source.name, seed, _listed(found.missing))
     shapes = param_shapes(model)
 
+    def slowest(path: str) -> int:
+        move = found.moves.get(path)
+        return source.slowest(move.source) if isinstance(move, Copy) else 0
+
     def read(path: str, index: Index | None) -> np.ndarray:
         index = index or (EVERYTHING,) * len(shapes[path])
         return found.moves.get(path, Zeros()).read(source.read, shapes[path], index)
 
-    return _with_drawn(load(read, model, shardings), set(found.missing), model, shardings, seed)
+    return _with_drawn(load(read, model, shardings, slowest=slowest), set(found.missing), model, shardings, seed)
 
 
 def _with_drawn(params: dict, missing: set[str], model: ModelConfig, shardings: Any, seed: int) -> dict:

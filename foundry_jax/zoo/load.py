@@ -1,7 +1,10 @@
 """From a source to parameters on the devices that a plan puts them on, read part by part."""
 
+import concurrent.futures
 import contextlib
 import functools
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +17,15 @@ from foundry_jax.train_step import unbox
 from foundry_jax.zoo.layouts import Index
 from foundry_jax.zoo.source import origins, path_of
 
-PIECE_BYTES = 2**26  # of a parameter that are read at a time
+PIECE_BYTES = 2**20  # of a parameter that a thread reads at a time; larger ones would be new memory each time
 TILE = 256  # rows and columns of a tile that is transposed at a time: both sides fit a core's cache
+THREADS = min(8, os.cpu_count() or 1)
+ALIGNMENT = 64  # bytes: on CPU, JAX takes over an array that begins there, and copies any other
 
 Reader = Callable[[str, Index | None], np.ndarray]
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_params(config: ModelConfig) -> Any:
     """Returns the shapes of a model's parameters, boxed with their logical axis names."""
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
@@ -31,6 +37,7 @@ def load(
     shardings: Any,
     dtype: Any = np.float32,
     progress: Callable[[int], None] = lambda _: None,
+    slowest: Callable[[str], int] = lambda _: 0,
 ) -> dict:
     """Returns the parameters of a model, each laid out by its sharding; no device's part is read with another's.
 
@@ -38,13 +45,16 @@ def load(
         read: (path, slices) -> that part of a parameter of the unscanned model, as Source.read.
         shardings: a tree like the parameters'.
         progress: called with the bytes of each part that was read.
+        slowest: as Source.slowest: along which axis of a parameter to read it in pieces.
     """
+    with concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="load") as pool:
 
-    def leaf(keys, abstract, sharding):
-        part = functools.partial(_read, read, origins(path_of(keys), config), abstract.shape, np.dtype(dtype))
-        return _placed(part, abstract.shape, sharding, progress)
+        def leaf(keys, abstract, sharding):
+            fill = functools.partial(_fill, pool, read, slowest)
+            part = functools.partial(_read, fill, origins(path_of(keys), config), abstract.shape, np.dtype(dtype))
+            return _placed(part, abstract.shape, sharding, progress)
 
-    return jax.tree_util.tree_map_with_path(leaf, unbox(abstract_params(config)), shardings)
+        return jax.tree_util.tree_map_with_path(leaf, unbox(abstract_params(config)), shardings)
 
 
 def _placed(
@@ -64,49 +74,68 @@ def _placed(
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def _read(read: Reader, origin: str | list[str], shape: tuple[int, ...], dtype: np.dtype, index: Index) -> np.ndarray:
+def _read(
+    fill: Callable[..., None], origin: str | list[str], shape: tuple[int, ...], dtype: np.dtype, index: Index
+) -> np.ndarray:
     """Returns parameter[index], contiguous; a stacked one is filled layer by layer."""
     sizes = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)]
-    out = np.empty(sizes, dtype)
+    out = _aligned(tuple(sizes), dtype)
     if isinstance(origin, str):
-        _fill(out, read, origin, index, shape)
+        fill(out, origin, index, shape)
     else:
         for row, i in enumerate(range(*index[0].indices(shape[0]))):
-            _fill(out[row], read, origin[i], index[1:], shape[1:])
+            fill(out[row], origin[i], index[1:], shape[1:])
     return out
 
 
-def _fill(out: np.ndarray, read: Reader, path: str, index: Index, shape: tuple[int, ...]) -> None:
-    """Writes parameter[index] to out, a few rows of its first axis at a time: no more is in memory twice."""
-    first, stop, _ = index[0].indices(shape[0])
-    step = max(1, len(out) * PIECE_BYTES // max(1, out.nbytes))
-    for start in range(first, stop, step):
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an empty array that begins where JAX wants it."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _fill(pool, read: Reader, slowest: Callable[[str], int], out: np.ndarray, path: str, index: Index, shape) -> None:
+    """Writes parameter[index] to out in pieces, several at a time: no more than those are in memory twice."""
+    axis = slowest(path)
+    first, stop, _ = index[axis].indices(shape[axis])
+    step = max(1, out.shape[axis] * PIECE_BYTES // max(1, out.nbytes))
+
+    def piece(start: int) -> None:
         end = min(start + step, stop)
-        _copied(read(path, (slice(start, end), *index[1:])), out[start - first : end - first])
+        part, to = list(index), [slice(None)] * out.ndim
+        part[axis], to[axis] = slice(start, end), slice(start - first, end - first)
+        _copy(read(path, tuple(part)), out[tuple(to)])
+
+    list(pool.map(piece, range(first, stop, step)))
 
 
-def _copied(source: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Writes the source's numbers to out and returns it; a transposed view is copied in tiles."""
+def _copy(source: np.ndarray, out: np.ndarray) -> None:
+    """Writes the source's numbers to out; a large transposed view is copied in tiles."""
     flat = _as_transposed(source)
-    if flat is None:
+    columns = None if flat is None else _reshaped(out, flat.shape)
+    if columns is None:
         out[...] = source
-        return out
-    columns = out.reshape(flat.shape)
+        return
     for i in range(0, flat.shape[0], TILE):
         for j in range(0, flat.shape[1], TILE):
             # Numbers are converted in the order in which they lie: several times as fast as across it.
             tile = flat[i : i + TILE, j : j + TILE].T.astype(out.dtype)
             columns[i : i + TILE, j : j + TILE] = tile.T
-    return out
 
 
 def _as_transposed(source: np.ndarray) -> np.ndarray | None:
     """Returns a matrix whose columns are contiguous, if the source is a view of one; large ones only."""
     if source.ndim < 2 or source.flags.c_contiguous or source.size < TILE * TILE:
         return None
-    for shape in ((source.shape[0], -1), (-1, source.shape[-1])):
-        with contextlib.suppress(ValueError):  # the axes do not run together without a copy
-            flat = np.reshape(source, shape, copy=False)
-            if flat.strides[0] == flat.itemsize:
-                return flat
+    shapes = (source.shape[0], math.prod(source.shape[1:])), (math.prod(source.shape[:-1]), source.shape[-1])
+    flats = [_reshaped(source, shape) for shape in shapes]
+    return next((flat for flat in flats if flat is not None and flat.strides[0] == flat.itemsize), None)
+
+
+def _reshaped(x: np.ndarray, shape: tuple[int, int]) -> np.ndarray | None:
+    """Returns a view of x as a matrix; None if its axes do not run together."""
+    with contextlib.suppress(ValueError):
+        return np.reshape(x, shape, copy=False)
     return None

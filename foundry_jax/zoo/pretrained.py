@@ -132,7 +132,7 @@ def pretrained(
         shardings = plan.shardings(boxed)
     else:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(device), unbox(boxed))
-    params = load(source.read, config, shardings, dtype, progress)
+    params = load(source.read, config, shardings, dtype, progress, source.slowest)
     return Pretrained(source.name, config, params, source.tokenizer(), source.stop_ids, plan)
 
 

@@ -50,6 +50,10 @@ class Source(abc.ABC):
             UserError: the file cannot be read.
         """
 
+    def slowest(self, path: str) -> int:
+        """Returns the axis of a parameter along which the file has it in one piece after another."""
+        return 0
+
     @property
     @abc.abstractmethod
     def fingerprint(self) -> str:
@@ -161,6 +165,10 @@ class NamedSource(Source):
             return self._read_part(parts[0], shape, index)
         rows = [self._read_part(part, shape[1:], index[1:]) for part in parts[index[0]]]
         return np.stack(rows)
+
+    def slowest(self, path: str) -> int:
+        part = parts_of(path, self.shapes[path], self.family)[0]
+        return part.layout.axes[0][0] if part.expert is None else 0
 
     def _read_part(self, part: Part, shape: tuple[int, ...], index: Index) -> np.ndarray:
         return part.layout.to_ours(functools.partial(self._tensors.read, part.name), shape, index)

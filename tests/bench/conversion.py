@@ -2,11 +2,13 @@
 
 python tests/bench/conversion.py
 
-Goals: `zoo convert` at least 0.3 as fast as cp on a warm cache, and at most 1.2 times the largest tensor in memory
-beyond what it makes: nothing for a conversion from file to file, the parameters for a load.
+Goals: from file to file at least 0.3 as fast as cp on a warm cache; at most 1.2 times the largest tensor in memory beyond
+what is made: nothing for a conversion from file to file, the parameters for a load. How fast a load is depends on how fast
+the system gives new memory: on the machine of docs/benchmarks.md touching 2.5 GB for the first time takes 1.8 s.
 """
 
 import json
+import os
 import pathlib
 import shutil
 import statistics
@@ -81,6 +83,7 @@ def write_checkpoint(folder: pathlib.Path) -> tuple[int, int]:
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> float:
     """Returns the seconds of cp."""
+    os.sync()  # or it waits for what was written before
     start = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
     seconds = time.perf_counter() - start
@@ -90,6 +93,7 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> float:
 
 def measured(what: str, source: pathlib.Path, target: pathlib.Path) -> tuple[float, int]:
     """Returns (seconds, bytes of memory beyond what the process had before)."""
+    os.sync()
     command = [sys.executable, "-c", MEASURED, what, source, target]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     shutil.rmtree(target, ignore_errors=True)
@@ -110,9 +114,10 @@ def main() -> None:
             memory = (max(memory for *_, memory in rows) - made) / largest
             seconds = statistics.median(seconds for _, seconds, _ in rows)
             cp = statistics.median(cp for cp, *_ in rows)
+            goal = f"; goal {SPEED_GOAL}" if what == "convert" else ""  # a load fills as much new memory, cp none
             print(
-                f"{what} {total / 1e9:.2f} GB: {speed:.2f} of the speed of cp ({seconds:.1f} s against {cp:.1f} s); "
-                f"goal {SPEED_GOAL}. Memory beyond the result: {memory:.2f} of the largest tensor; goal {MEMORY_GOAL}"
+                f"{what} {total / 1e9:.2f} GB: {speed:.2f} of the speed of cp ({seconds:.1f} s against {cp:.1f} s){goal}. "
+                f"Memory beyond the result: {memory:.2f} of the largest tensor; goal {MEMORY_GOAL}"
             )
             failed |= (what == "convert" and speed < SPEED_GOAL) or memory > MEMORY_GOAL
     sys.exit(failed)

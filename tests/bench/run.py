@@ -10,6 +10,7 @@ BENCHMARKS = (
     "attention_speed.py",
     "moe_speed.py",
     "loss_memory.py",
+    "conversion.py",
     "overhead.py",
     "crash_safety.py",
     "data_speed.py",
