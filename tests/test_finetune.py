@@ -23,9 +23,12 @@ from tests import checkpoints
 from tests.processes import SMALL_TEXT, assert_bitwise_equal
 from tests.test_sharding import SIZES, bytes_per_device
 from tests.test_train_step import LENGTH, batch_of, pairs_of
-from tests.variants import tiny
+from tests.variants import often, tiny
 
 RANK = 3
+
+
+LAYOUTS = [{"strategy": "fsdp"}, {"strategy": "fsdp", "data": 2, "tensor": 2}]
 
 
 def config_of(argument="warmup=0,lr=1e-2", overrides=(), *, targets=".*", rank=RANK, dropout=0.0, alpha=6.0, **model):
@@ -119,7 +122,9 @@ def test_dropout_is_for_training_and_differs_from_step_to_step():
     assert len({one, two, float(nats / count)}) == 3
 
 
-@pytest.mark.parametrize("changes", [{"remat": "full"}, {"scan_layers": True, "remat": "dots"}])
+@pytest.mark.parametrize(
+    "changes", often([{"remat": "full"}, {"scan_layers": True, "remat": "dots"}], [{"remat": "full"}])
+)
 def test_scanned_or_recomputed_layers_train_the_same(changes):
     config = config_of(pattern="SL")
     other = config_of(pattern="SL", **changes)
@@ -141,6 +146,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), one.opt_state[1].mu, two.opt_state[1].mu)
 
 
+@pytest.mark.exhaustive
 def test_a_router_under_adapters_stays_as_it_is():
     config = config_of(moe="sigmoid(experts=4, top_k=2, expert_dim=8, shared=1, bias_rate=0.5)")
     step, state, base, hyper = begin(config)
@@ -163,7 +169,7 @@ def test_at_step_0_nothing_is_preferred_to_the_base():
     assert float(metrics["reward_margin"]) == 0 and float(metrics["reward_accuracy"]) == 0
 
 
-@pytest.mark.parametrize("layout", [{"strategy": "fsdp"}, {"strategy": "fsdp", "data": 2, "tensor": 2}])
+@pytest.mark.parametrize("layout", often(LAYOUTS, LAYOUTS[1:]))
 def test_eight_devices_train_adapters_as_one_does(layout):
     config = config_of(**SIZES | {"num_layers": 1}, rank=8)
     program, hyper, losses = Program.of(config), hyperparameters(config), []
@@ -289,6 +295,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(finetune, argument, tmp_path
     assert_bitwise_equal(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_adapters_on_a_random_base_go_on_bit_for_bit(tmp_path, monkeypatch):
     config = load("configs/smoke.py:lora_rank=2", [*SMALL_TEXT, "num_steps=8", "eval.every=4"])
@@ -321,6 +328,7 @@ def test_a_mutated_architecture_starts_from_the_pretrained_model(finetune, caplo
         finetune("mla", "mla,lora_rank=0")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_adapters_do_not_go_on_over_other_weights(finetune, tmp_path, monkeypatch):
     mine = checkpoints.write(tmp_path / "mine")

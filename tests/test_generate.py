@@ -14,7 +14,7 @@ from foundry_jax import sharding
 from foundry_jax.config import ShardingConfig
 from foundry_jax.errors import UserError
 from foundry_jax.generate import Sampling, generate, left_over, sample, stream
-from tests.variants import VOCAB, forward, params_of, tiny
+from tests.variants import VOCAB, forward, often, params_of, tiny
 
 NEW = 9
 LENGTHS = (1, 11, 4)  # the longest is longer than the window of 3, the shortest shorter
@@ -52,7 +52,11 @@ def model(variant: str, **changes):
 
 
 @pytest.mark.parametrize(
-    "variant", ["gqa", "mla", "window", "window_and_full", "fixed", "alibi", "learned", "nope", "moe_softmax"]
+    "variant",
+    often(
+        ["gqa", "mla", "window", "window_and_full", "fixed", "alibi", "learned", "nope", "moe_softmax"],
+        {"gqa", "mla", "window_and_full", "learned"},
+    ),
 )
 def test_greedy_is_the_argmax_of_full_forward_passes_for_every_row_of_a_batch(variant):
     config, variables = model(variant)
@@ -187,7 +191,13 @@ def test_few_programs_serve_many_lengths_and_all_numbers():
 
 @pytest.mark.parametrize(
     ("variant", "strategy", "tensor"),
-    [("gqa", "fsdp", 2), ("window_and_full", "ddp", 1), ("moe_softmax", "fsdp", 1), ("mla", "fsdp", 1)],
+    [
+        ("gqa", "fsdp", 2),
+        *[
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in (("window_and_full", "ddp", 1), ("moe_softmax", "fsdp", 1), ("mla", "fsdp", 1))
+        ],
+    ],
 )
 def test_eight_devices_write_what_one_writes(monkeypatch, variant, strategy, tensor):
     monkeypatch.setattr(generation, "PIECE", 32)

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from foundry_jax.config import load
 from foundry_jax.model import combinations
@@ -33,6 +34,12 @@ SIZES = {
     "v_head_dim": 5,
     "window": 3,
 }
+
+
+def often(values, common):
+    """Returns test parameters of which those in `common` run in `make test`, and all in `make test-all`."""
+    return [pytest.param(value, marks=[] if value in common else [pytest.mark.exhaustive]) for value in values]
+
 
 # By axis of the design space: every way to leave the base model (gqa) along it. Two axes can be left at once.
 AXES = {
