@@ -137,6 +137,7 @@ def test_scanned_or_recomputed_layers_train_the_same(changes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), back, state.opt_state[1].mu)
 
 
+@pytest.mark.exhaustive
 def test_accumulated_gradients_equal_those_of_the_whole_batch():
     whole = config_of()
     parts = dataclasses.replace(whole, optimizer=dataclasses.replace(whole.optimizer, accumulation_steps=2))
@@ -304,6 +305,7 @@ def test_adapters_on_a_random_base_go_on_bit_for_bit(tmp_path, monkeypatch):
     assert_bitwise_equal(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_run_on_pairs_starts_at_the_pretrained_model(finetune, tmp_path, shared_data, monkeypatch, caplog):
     caplog.set_level(logging.INFO)

@@ -289,6 +289,7 @@ def test_what_is_missing_is_what_a_run_from_scratch_draws(devices, caplog):
     assert (again["embed/embedding"] != found["embed/embedding"]).any()
 
 
+@pytest.mark.exhaustive
 def test_some_layers_of_a_stacked_parameter_may_be_drawn():
     before, after = tiny("moe_unnormalized"), tiny("moe_unnormalized")
     after = dataclasses.replace(after, moe=before.moe.replace("dense_layers=1", "dense_layers=0"))

@@ -248,6 +248,7 @@ def test_draws_differ_by_seed_and_bad_bytes_are_read(monkeypatch, capsys, folder
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.exhaustive
 def test_what_no_longer_fits_is_forgotten_from_the_beginning(monkeypatch, capsys, caplog, folder):
     lines = ["the other one and the end of them " * 2 + str(i) for i in range(4)]
     with caplog.at_level(logging.WARNING):
