@@ -2,12 +2,17 @@
 
 A prompt is read in pieces and every further token alone. Lengths are rounded up to powers of two, so that few programs
 are compiled, and a batch to a multiple of the devices that share it.
+
+`generate` and `stream` continue a few prompts together. `continued` continues any number of them, in a fixed number of
+rows of a cache, each of which takes the next prompt when it has finished one. A Reader reads texts that begin alike.
 """
 
+import collections
 import dataclasses
 import functools
 import logging
-from collections.abc import Collection, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SMALLEST_BUCKET = 32
 PIECE = 512  # tokens of a prompt read at once: attention holds PIECE x cache length logits a head, not length squared
+CHUNK = 64  # tokens of a text that a Reader reads at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Sampling:
 
 
 class _Draw(NamedTuple):
-    """The numbers of one draw, traced, so that changing one does not recompile."""
+    """The numbers of one draw, traced, so that changing one does not recompile; or arrays, one number a row."""
 
     temperature: np.float32
     top_k: np.int32
@@ -161,9 +167,9 @@ def _bucket(length: int) -> int:
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
-@functools.partial(jax.jit, static_argnames=("config", "batch", "length"))
-def _empty_cache(*, config: ModelConfig, batch: int, length: int) -> Cache:
-    return _laid_out(transformer.init_cache(config, batch, length))
+@functools.partial(jax.jit, static_argnames=("config", "batch", "length", "rolling"))
+def _empty_cache(*, config: ModelConfig, batch: int, length: int, rolling: bool = True) -> Cache:
+    return _laid_out(transformer.init_cache(config, batch, length, rolling=rolling))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("cache",))
@@ -171,7 +177,7 @@ def _advance(variables, tokens_BL, positions_BL, cache: Cache, draw: _Draw, *, c
     """Returns (the next id of every row [B, 1], the cache with the tokens in it)."""
     model, placement = Transformer(config), Placement(positions_BL)
     logits_BV, cache = model.apply(variables, tokens_BL, placement, cache, method=_last_logits)
-    next_B = jnp.argmax(logits_BV, axis=-1) if kind == "greedy" else sample(logits_BV, draw, restricted=kind != "plain")
+    next_B = _next_ids(logits_BV, draw, kind)
     return constrain(next_B.astype(jnp.int32)[:, None], "activation_batch", None), _laid_out(cache)
 
 
@@ -195,7 +201,18 @@ def _laid_out(cache: Cache) -> Cache:
         return jax.tree.map(tensor, tensors)
 
     positions = {letter: constrain(x_BS, "activation_batch", None) for letter, x_BS in cache.positions.items()}
-    return Cache(positions, {name: layer(name, tensors) for name, tensors in cache.layers.items()})
+    layers = {name: layer(name, tensors) for name, tensors in cache.layers.items()}
+    return cache.replace(positions=positions, layers=layers)
+
+
+def _next_ids(logits_BV: jax.Array, draw: _Draw, kind: str) -> jax.Array:
+    """Returns one id a row [B]; if the numbers of the draw are arrays, a row's id depends on nothing of the others."""
+    if kind == "greedy":
+        return jnp.argmax(logits_BV, axis=-1)
+    draw_of = functools.partial(sample, restricted=kind == "restricted")
+    if draw.seed.ndim == 0:
+        return draw_of(logits_BV, draw)
+    return jax.vmap(lambda logits_V, one: draw_of(logits_V[None], one)[0])(logits_BV, draw)
 
 
 def sample(logits_BV: jax.Array, draw: _Draw, *, restricted: bool) -> jax.Array:
@@ -219,3 +236,199 @@ def left_over(ranked_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.A
     probs_BV = jax.nn.softmax(ranked_BV, axis=-1)
     before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
     return jnp.where((before_BV < top_p) | (top_p >= 1), ranked_BV, -jnp.inf)
+
+
+class Reader:
+    """A few rows of a cache, each of which holds a text; of the next one only what differs is read.
+
+    Texts are read in chunks of CHUNK tokens that begin at multiples of CHUNK, all rows at once. So what a row holds of
+    a text is computed by the same program from the same tokens, bit by bit, whether it was read with this text or with
+    another one that begins alike, and whatever the other rows hold.
+    """
+
+    def __init__(self, config: ModelConfig, variables: dict, rows: int, length: int):
+        """Makes the cache.
+
+        Args:
+            variables: as in `generate`.
+            rows: a multiple of the devices that share a batch.
+            length: most tokens of a text.
+        """
+        self.config, self.variables, self.rows, self.length = config, variables, rows, length
+        self.cache = _empty_cache(config=config, batch=rows, length=length, rolling=False)
+        self._held = [np.zeros(0, np.int32)] * rows
+
+    def common(self, row: int, ids: np.ndarray) -> int:
+        """Returns how many whole chunks a row holds of a text."""
+        return common_length(self._held[row], ids) // CHUNK
+
+    def read(self, work: Sequence[tuple[np.ndarray, int] | None]) -> jax.Array:
+        """Returns x [rows, CHUNK, D] of a chunk of each row's text, after the final norm.
+
+        Args:
+            work: for each row (ids of a text, number of the chunk), of which the chunks before have been read; or None.
+        """
+        tokens_TC = np.zeros((self.rows, CHUNK), np.int32)
+        positions_TC = np.full((self.rows, CHUNK), EMPTY, np.int32)
+        for row, (ids, number) in ((row, item) for row, item in enumerate(work) if item):
+            start = number * CHUNK
+            part = ids[start : start + CHUNK]
+            tokens_TC[row, : len(part)], positions_TC[row, : len(part)] = part, np.arange(start, start + len(part))
+            self._held[row] = ids[: start + len(part)]
+        x_TCD, self.cache = _read(self.variables, tokens_TC, positions_TC, self.cache, config=self.config)
+        return x_TCD
+
+    def read_all(self, texts: Sequence[np.ndarray]) -> None:
+        """Reads one text a row, from the first row on."""
+        todo = [iter(range(self.common(row, ids), num_chunks(len(ids)))) for row, ids in enumerate(texts)]
+        while any(work := [_paired(ids, next(numbers, None)) for ids, numbers in zip(texts, todo, strict=True)]):
+            self.read([*work, *[None] * (self.rows - len(work))])
+
+
+def _paired(ids: np.ndarray, number: int | None) -> tuple[np.ndarray, int] | None:
+    return None if number is None else (ids, number)
+
+
+def num_chunks(length: int) -> int:
+    """Returns in how many chunks a text of so many tokens is read."""
+    return -(-length // CHUNK)
+
+
+def common_length(a: np.ndarray, b: np.ndarray) -> int:
+    """Returns how many elements two arrays have in common from their beginning."""
+    size = min(len(a), len(b))
+    differs = a[:size] != b[:size]
+    return int(differs.argmax()) if differs.any() else size
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def _read(variables, tokens_TC, positions_TC, cache: Cache, *, config: ModelConfig):
+    """Returns (x_TCD after the final norm, the cache with the tokens in it)."""
+    model, placement = Transformer(config), Placement(positions_TC)
+    x_TCD, cache = model.apply(variables, tokens_TC, placement, cache, method=Transformer.hidden)
+    return constrain(x_TCD, "activation_batch", None, None), _laid_out(cache)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+    """A text to continue: its token ids, at least one, and how many more there may be."""
+
+    ids: np.ndarray
+    max_tokens: int
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+
+    @property
+    def draw_seed(self) -> int:
+        """The seed of its draws: other prompts draw other numbers, and it draws the same ones in any company."""
+        return zlib.crc32(self.ids.astype(np.int32).tobytes(), self.sampling.seed) >> 1
+
+
+def continued(
+    prompts: Sequence[Prompt],
+    reader: Reader,
+    *,
+    rows: int,
+    is_end: Callable[[int, int], bool],
+) -> Iterator[tuple[int, list[int]]]:
+    """Yields (index of a prompt, its new ids) as each is finished: with the id that ended it, or max_tokens of them.
+
+    What is written after a prompt does not depend on the others, nor on their order.
+
+    Args:
+        reader: of the model, for texts of at least as many tokens as any prompt and what is written after it.
+        rows: how many are continued at once, a multiple of the devices that share a batch.
+        is_end: (index, new id) -> whether it ends what is written; asked once about each new id, in order.
+
+    Raises:
+        UserError: as in `generate`.
+    """
+    if prompts:
+        _check(reader.config, [prompt.ids.tolist() for prompt in prompts])
+    kinds = sorted({prompt.sampling.kind for prompt in prompts})
+    for kind in kinds:
+        writer = _Writer(reader, rows, kind)
+        waiting = [index for index, prompt in enumerate(prompts) if prompt.sampling.kind == kind]
+        for index in waiting:
+            if prompts[index].max_tokens == 0:
+                yield index, []
+        waiting = [index for index in waiting if prompts[index].max_tokens > 0]
+        waiting.sort(key=lambda index: (prompts[index].ids.astype(">i4").tobytes(), index))  # alike ones in turn
+        yield from writer.run(prompts, collections.deque(waiting), is_end)
+
+
+class _Writer:
+    """Rows of a cache in each of which a prompt is continued by one token a step.
+
+    The last token of a prompt is not read with the rest of it: the step that reads it draws the first new one.
+    """
+
+    def __init__(self, reader: Reader, rows: int, kind: str):
+        self._reader, self._kind = reader, kind
+        self._cache = _empty_cache(config=reader.config, batch=rows, length=reader.length, rolling=False)
+        self._tokens_R1 = np.zeros((rows, 1), np.int32)
+        self._positions_R1 = np.full((rows, 1), EMPTY, np.int32)
+        self._draws_R = _Draw(*(np.ones(rows, number.dtype) for number in _Draw.of(Sampling(), 1, 0)))
+        self._index_R: list[int | None] = [None] * rows  # the prompt in each row
+
+    def run(
+        self, prompts: Sequence[Prompt], waiting: collections.deque[int], is_end: Callable[[int, int], bool]
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yields as `continued` does."""
+        new: dict[int, list[int]] = {}
+        while waiting or new:
+            while waiting and None in self._index_R:
+                for index in self._admit(prompts, waiting):
+                    new[index] = []
+            next_R = self._step()
+            for row, index in enumerate(self._index_R):
+                if index is None:
+                    continue
+                new[index].append(int(next_R[row]))
+                if is_end(index, new[index][-1]) or len(new[index]) == prompts[index].max_tokens:
+                    self._index_R[row], self._positions_R1[row] = None, EMPTY
+                    yield index, new.pop(index)
+
+    def _admit(self, prompts: Sequence[Prompt], waiting: collections.deque[int]) -> list[int]:
+        """Returns the prompts that are read and put into free rows."""
+        free = [row for row, index in enumerate(self._index_R) if index is None]
+        taken = [waiting.popleft() for _ in range(min(len(free), len(waiting), self._reader.rows))]
+        self._reader.read_all([prompts[index].ids[:-1] for index in taken])
+        for there, (row, index) in enumerate(zip(free, taken, strict=False)):
+            self._cache = _placed(self._cache, self._reader.cache, row, there)
+            prompt = prompts[index]
+            self._tokens_R1[row], self._positions_R1[row] = prompt.ids[-1], len(prompt.ids) - 1
+            draw = _Draw.of(prompt.sampling, self._reader.config.vocab_size, 0)._replace(seed=prompt.draw_seed)
+            for numbers_R, number in zip(self._draws_R, draw, strict=True):
+                numbers_R[row] = number
+            self._index_R[row] = index
+        return taken
+
+    def _step(self) -> np.ndarray:
+        """Returns the next id of each row [rows]; one of a free row means nothing."""
+        model = {"config": self._reader.config, "kind": self._kind}
+        next_R1, self._cache = _advance(
+            self._reader.variables, self._tokens_R1, self._positions_R1, self._cache, self._draws_R, **model
+        )
+        self._tokens_R1 = np.array(next_R1)  # waits, so that what the program has read may now change
+        self._positions_R1 += self._positions_R1 != EMPTY
+        self._draws_R.step[:] += 1
+        return self._tokens_R1[:, 0]
+
+
+@functools.partial(jax.jit, donate_argnames=("cache",))
+def _placed(cache: Cache, source: Cache, row, there) -> Cache:
+    """Returns the cache with its row replaced by row `there` of another one of the same length."""
+
+    def replaced(axis: int):
+        def leaf(x, y):
+            part = jax.lax.dynamic_slice_in_dim(y, there, 1, axis)
+            return jax.lax.dynamic_update_slice_in_dim(x, part, row, axis)
+
+        return leaf
+
+    layers = {
+        name: jax.tree.map(replaced(int(name == "blocks")), tensors, source.layers[name])  # scanned layers are stacked
+        for name, tensors in cache.layers.items()
+    }
+    positions = jax.tree.map(replaced(0), cache.positions, source.positions)
+    return _laid_out(cache.replace(positions=positions, layers=layers))

@@ -227,6 +227,63 @@ def test_a_gpu_computes_whole_sequences_in_half_precision_with_the_fused_kernel(
     assert calls == ["cudnn"]
 
 
+SLOTS = 600  # more than two blocks of a cache, and no multiple of one
+
+
+def cached(spec, queries_BL, slots_BS, k, v, q, **options):
+    mask = Mask(Placement(queries_BL), Placement(slots_BS), spec, contiguous=False, aligned=False)
+    return jax.jit(lambda *x: attend(*x, mask, scale=SCALE, **options))(q, k, v)
+
+
+def long_cache(length: int = SLOTS):
+    """Returns (queries, slots, arrays): rows at the end of a cache, near its beginning, and nowhere."""
+    slots = np.full((B, length), EMPTY, np.int32)
+    slots[0, :SLOTS], slots[1, :20] = np.arange(SLOTS), np.arange(20)
+    queries = np.array([[597, 598, 599], [17, 18, EMPTY], [EMPTY] * 3], np.int32)
+    q, k, v, _ = arrays(length=SLOTS)
+    grown = [np.pad(x, [(0, 0), (0, length - SLOTS), (0, 0), (0, 0)], constant_values=7.0) for x in (k, v)]
+    return queries, slots, (q[:, :3], *grown)
+
+
+@specs
+@pytest.mark.parametrize("alibi", [False, True])
+def test_a_long_cache_is_read_block_by_block(spec, alibi):
+    queries, slots, (q, k, v) = long_cache()
+    slots[1, 300:400] = np.arange(500, 600)  # what a longer text has left behind
+    options = {"softcap": SOFTCAP, "slopes_N": SLOPES if alibi else None}
+    found = cached(spec, queries, slots, k, v, q, **options)
+    visible = np.zeros((B, 3, SLOTS), bool)
+    for b, i, j in np.ndindex(visible.shape):
+        visible[b, i, j] = EMPTY not in (queries[b, i], slots[b, j]) and RULES[spec](queries[b, i], slots[b, j])
+    expected, _ = reference(
+        q, k, v, np.zeros((B, 3, N, V)), visible, slots[:, None] - queries[:, :, None], SOFTCAP, alibi
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@specs
+def test_no_bit_depends_on_the_length_of_the_cache_or_on_the_other_rows(spec):
+    queries, slots, (q, k, v) = long_cache()
+    expected = cached(spec, queries, slots, k, v, q)[1]
+    for length in (512, 768, 1024):
+        queries, slots, (q, k, v) = long_cache(max(length, SLOTS))
+        slots, k, v = (x[:, :length] for x in (slots, k, v))
+        np.testing.assert_array_equal(cached(spec, queries, slots, k, v, q)[1], expected)
+        queries[0] = EMPTY
+        np.testing.assert_array_equal(cached(spec, queries, slots, k, v, q)[1], expected)
+
+
+@pytest.mark.parametrize(("spec", "first"), [(Causal(), 0), (Window(5), 512)], ids=str)
+def test_blocks_that_nobody_sees_are_not_read(spec, first):
+    queries, slots, (q, k, v) = long_cache(1024)
+    queries[1], slots[1] = EMPTY, EMPTY
+    for x in (k, v):
+        x[:, :first], x[:, 768:] = np.nan, np.nan
+    assert np.isfinite(cached(spec, queries, slots, k, v, q)).all()
+    k[0, max(first, 255)] = np.nan
+    assert np.isfinite(cached(spec, queries, slots, k, v, q)).all() == (first == 512)
+
+
 LONG = 4096
 
 

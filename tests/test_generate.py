@@ -13,7 +13,7 @@ from foundry_jax import generate as generation
 from foundry_jax import sharding
 from foundry_jax.config import ShardingConfig
 from foundry_jax.errors import UserError
-from foundry_jax.generate import Sampling, generate, left_over, sample, stream
+from foundry_jax.generate import Prompt, Reader, Sampling, continued, generate, left_over, sample, stream
 from tests.variants import VOCAB, forward, often, params_of, tiny
 
 NEW = 9
@@ -265,3 +265,53 @@ def test_a_text_longer_than_the_context_is_warned_about(caplog):
         assert not caplog.records
         generate(config, variables, prompts_of((30,)), max_tokens=11)
         assert "now longer than the model's 40 tokens" in caplog.text
+
+
+def written(config, variables, prompts, *, max_tokens, rows=2, reader_rows=1, is_end=lambda index, token: False):
+    """Returns what `continued` writes after each prompt, and the order in which they were finished."""
+    reader = Reader(config, variables, reader_rows, ROOM)
+    wanted = [Prompt(np.array(ids, np.int32), max_tokens) for ids in prompts]
+    found = dict(continued(wanted, reader, rows=rows, is_end=is_end))
+    return [found[i] for i in range(len(prompts))], list(found)
+
+
+@pytest.mark.parametrize(
+    "variant", ["gqa", "mla", "window", "window_and_full", "fixed", "alibi", "learned", "nope", "moe_softmax"]
+)
+def test_rows_that_take_one_prompt_after_another_write_what_generate_writes(monkeypatch, variant):
+    monkeypatch.setattr(generation, "CHUNK", 8)
+    config, variables = model(variant)
+    prompts = prompts_of((1, 25, 4, 17, 9, 8, 2))
+    expected = generate(config, variables, prompts, max_tokens=NEW)
+    assert written(config, variables, prompts, max_tokens=NEW)[0] == expected
+    assert written(config, variables, prompts, max_tokens=NEW, rows=3, reader_rows=4)[0] == expected
+
+
+def test_a_row_that_has_finished_takes_the_next_prompt():
+    config, variables = model("gqa")
+    prompts, asked = prompts_of((5, 6, 7, 8)), []
+    whole = generate(config, variables, prompts, max_tokens=NEW)
+    first = min(range(4), key=lambda i: np.array(prompts[i], ">i4").tobytes())
+
+    def is_end(index, token):
+        asked.append((index, token))
+        return index != first and token == whole[index][1]
+
+    found, order = written(config, variables, prompts, max_tokens=NEW, is_end=is_end)
+    for i in range(4):
+        ended = whole[i].index(whole[i][1]) + 1
+        assert found[i] == (whole[i] if i == first else whole[i][:ended])
+        assert [token for index, token in asked if index == i] == found[i]
+    assert order[-1] == first  # the others went through the other row meanwhile
+
+
+def test_only_what_differs_is_read(monkeypatch):
+    monkeypatch.setattr(generation, "CHUNK", 8)
+    config, variables = model("gqa")
+    shared = prompts_of((25,))[0]
+    prompts = [[*shared, i] for i in range(4)]
+    chunks, read = [], Reader.read
+    monkeypatch.setattr(Reader, "read", lambda self, work: chunks.append(len(work)) or read(self, work))
+    found, _ = written(config, variables, prompts, max_tokens=3)
+    assert found == generate(config, variables, prompts, max_tokens=3)
+    assert len(chunks) == 4 + 3 * 1  # 25 tokens are 4 chunks, of which 3 whole ones are the same in all

@@ -34,10 +34,11 @@ LAYER_MASKS = {
 @flax.struct.dataclass
 class Cache:
     """What decoding keeps: by letter of the pattern the position that each slot holds (EMPTY: none), and per-layer
-    tensors, under the names of the parameters of their layers."""
+    tensors, under the names of the parameters of their layers. See init_cache for `rolling`."""
 
     positions: dict[str, jax.Array]
     layers: dict[str, dict]
+    rolling: bool = flax.struct.field(pytree_node=False, default=True)
 
 
 @flax.struct.dataclass
@@ -163,9 +164,9 @@ class Transformer(nn.Module):
         queries = queries.replace(positions_BL=jnp.broadcast_to(queries.positions_BL, tokens_BL.shape))
         positions, views = {}, {}
         for letter in self.letters:
-            positions[letter], views[letter] = self._cached_view(letter, queries, cache.positions[letter])
+            positions[letter], views[letter] = self._cached_view(letter, queries, cache)
         x_BLD, layers = self._run_blocks(x_BLD, cache.layers, views, dropout_rate)
-        return self.final_norm(x_BLD), Cache(positions, layers)
+        return self.final_norm(x_BLD), cache.replace(positions=positions, layers=layers)
 
     def hidden_and_kernel(self, tokens_BL, placement=None, dropout_rate=None):
         """Returns (x_BLD after the final norm, kernel_DV of the output map): logits are their product."""
@@ -190,9 +191,10 @@ class Transformer(nn.Module):
         self._require_positions(queries.positions_BL.shape[1])
         return View(Mask(queries, queries, layer_mask(self.config, letter), contiguous, aligned=True), None)
 
-    def _cached_view(self, letter, queries, cached_BS) -> tuple[jax.Array, View]:
+    def _cached_view(self, letter, queries, cache: Cache) -> tuple[jax.Array, View]:
         """Returns (the position that each slot holds afterwards, the view)."""
-        slots_of = rolling_slots if _is_rolling(self.config, letter) else full_slots
+        slots_of = rolling_slots if cache.rolling and _is_rolling(self.config, letter) else full_slots
+        cached_BS = cache.positions[letter]
         slots = slots_of(cached_BS, queries.positions_BL)
         written_BS, read_BS = slots.update_positions(cached_BS, queries.positions_BL)
         spec = layer_mask(self.config, letter)
@@ -284,10 +286,13 @@ def _is_rolling(config: ModelConfig, letter: str) -> bool:
     return isinstance(layer_mask(config, letter), Window)
 
 
-def init_cache(config: ModelConfig, batch_size: int, length: int, dtype: str | None = None) -> Cache:
+def init_cache(
+    config: ModelConfig, batch_size: int, length: int, dtype: str | None = None, *, rolling: bool = True
+) -> Cache:
     """Returns an empty cache for positions 0..length-1, in the compute dtype unless told otherwise.
 
-    A layer with a sliding window has one slot for each token of the window, any other one for each position.
+    A layer with a sliding window has one slot for each token of the window, any other one for each position. Without
+    `rolling` all have one for each position: then what was read last can be replaced from any token on.
 
     Raises:
         UserError: positions are learned, and not that many.
@@ -297,7 +302,9 @@ def init_cache(config: ModelConfig, batch_size: int, length: int, dtype: str | N
         not limit or length <= limit, f"A cache of {length} tokens needs model.context_length={length}, not {limit}."
     )
     make = functools.partial(ATTENTIONS[config.attention].init_cache, config, batch_size)
-    sizes = {x: min(config.window, length) if _is_rolling(config, x) else length for x in letters_of(config)}
+    sizes = {
+        x: min(config.window, length) if rolling and _is_rolling(config, x) else length for x in letters_of(config)
+    }
     stacking = stacking_of(config)
     layers = {f"block_{i}": make(sizes[stacking.letters[i]], dtype or config.dtype) for i in stacking.single}
     if stacking.repeats:
@@ -307,7 +314,7 @@ def init_cache(config: ModelConfig, batch_size: int, length: int, dtype: str | N
             group[f"layer_{j}"] = jax.tree.map(lambda x: jnp.stack([x] * stacking.repeats), one)
         layers["blocks"] = group
     positions = {letter: jnp.full((batch_size, size), EMPTY, jnp.int32) for letter, size in sizes.items()}
-    return Cache(positions, layers)
+    return Cache(positions, layers, rolling)
 
 
 def num_params(config: ModelConfig) -> int:
