@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -220,13 +221,30 @@ def test_help_names_every_task(capsys):
     assert caught.value.code == 0 and ", ".join(TASKS) in shown and "lm_eval:NAME" in shown
 
 
+@pytest.mark.oracle
 def test_a_task_of_lm_eval_goes_through_its_adapter(monkeypatch, capsys, model, items, tmp_path):
-    pytest.importorskip("lm_eval")
-    monkeypatch.setattr(TASKS["mmlu"], "prepare", lambda self: pytest.fail("not asked for"))
-    with pytest.raises(UserError, match="lm-eval has no task 'helaswag'"):
-        run(monkeypatch, capsys, "--task=lm_eval:helaswag", f"--path={model}", f"--workdir={tmp_path}")
-    with pytest.raises(UserError, match="--samples means nothing to lm_eval:"):
-        run(monkeypatch, capsys, "--task=lm_eval:hellaswag", f"--path={model}", "--samples=3", f"--workdir={tmp_path}")
+    pytest.importorskip("lm_eval", reason="needs the extra lm-eval: make oracle")
+    files = {"data_files": {"test": str(items / "mmlu" / "test.jsonl")}, "cache_dir": str(tmp_path / "cache")}
+    task = {"task": "letters", "dataset_path": "json", "dataset_kwargs": files, "test_split": "test",
+            "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_target": "answer",
+            "doc_to_choice": ["a", "b", "c", "d"]}  # fmt: skip
+    (tmp_path / "letters.yaml").write_text(json.dumps(task))  # JSON is YAML
+    name = f"lm_eval:{tmp_path / 'letters.yaml'}"
+    found = scores(monkeypatch, capsys, f"--task={name},constitution", f"--path={model}", f"--data={items}",
+                   "--limit=8", f"--workdir={tmp_path / 'out'}")  # fmt: skip
+    assert found.keys() == {name, "constitution"}
+    accuracy = found[name]["metrics"]["acc"]
+    assert accuracy["n"] == found[name]["n"] == 8 and 0 <= accuracy["value"] <= 1 and accuracy["stderr"] >= 0
+    [folder] = [path for path in (tmp_path / "out").iterdir() if path.name != "constitution"]
+    assert json.loads((folder / "result.json").read_text())["metrics"]["acc"] == accuracy
+    for arguments, message in {
+        ("--task=lm_eval:helaswag",): "lm-eval has no task 'helaswag'",
+        (f"--task={name}", "--samples=3"): "--samples means nothing to lm_eval:",
+        (f"--task={name}", f"--data={items}"): "--data means nothing to lm_eval:",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            run(monkeypatch, capsys, *arguments, f"--path={model}", f"--workdir={tmp_path / 'no'}")
+    assert not (tmp_path / "no").exists()
 
 
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, caplog):
@@ -295,14 +313,21 @@ def test_a_process_that_fails_says_so_in_its_exit_code(model, items, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_network_the_command_says_so_within_5_seconds(model, tmp_path):
-    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "FOUNDRY_EVAL_DATA": "", "HF_HOME": str(tmp_path)}
-    began = time.monotonic()
-    child = start("--task=gsm8k", f"--path={model}", **environment)
-    shown, said = child.communicate(timeout=120)
-    seconds = time.monotonic() - began
-    assert child.returncode == 1 and shown == "" and ".jsonl, .jsonl.gz, .json, .parquet" in said.splitlines()[-1]
-    assert seconds < 5, f"{seconds:.1f} s"
+def test_without_an_answer_of_the_hub_the_command_says_so_within_5_seconds(model, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never says a word
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {"HF_ENDPOINT": address, "FOUNDRY_EVAL_DATA": "", "HF_HOME": str(tmp_path)}
+        seconds = []
+        for _ in range(3):  # the machine may be busy with other tests
+            began = time.monotonic()
+            child = start("--task=gsm8k", f"--path={model}", **environment)
+            shown, said = child.communicate(timeout=120)
+            seconds.append(time.monotonic() - began)
+            assert child.returncode == 1 and shown == "" and said.count("\n") == 1
+            assert said.startswith("error: gsm8k was given no data") and ".jsonl, .jsonl.gz, .json, .parquet" in said
+            if seconds[-1] < 5:
+                return
+    pytest.fail(f"it took {min(seconds):.1f} s")
 
 
 @pytest.mark.slow

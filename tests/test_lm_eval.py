@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -279,11 +280,28 @@ def test_without_a_network_it_is_known_soon(adapter, monkeypatch):
 
 
 @pytest.mark.oracle
+def test_a_task_that_runs_code_is_refused_though_its_file_does_not_say_so(adapter, make_task, monkeypatch):
+    """As the file of a group does not."""
+    monkeypatch.setattr(adapter, "load_yaml", lambda *_, **__: {})
+    with pytest.raises(UserError, match=r"run what the model writes for 'coding' without a sandbox"):
+        adapter.check(make_task("coding", WRITING, unsafe_code=True))
+
+
+@pytest.mark.oracle
+def test_a_file_that_is_no_task_is_refused(adapter, tmp_path):
+    for name, text in {"a.yaml": "a: [", "b.yaml": "- a", "c.yaml": "a: b"}.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=f"cannot load '.*{name}' "):
+            adapter.check(str(tmp_path / name))
+
+
+@pytest.mark.oracle
 def test_a_task_that_runs_code_is_refused(adapter, make_task, scorer):
     path = make_task("coding", WRITING, unsafe_code=True)
-    for ask in (adapter.check, lambda name: adapter.run(name, scorer)):
-        with pytest.raises(UserError, match=r"run what the model writes for 'coding' without a sandbox"):
-            ask(path)
+    for name in (path, "humaneval", "mbpp_instruct"):
+        for ask in (adapter.check, lambda name: adapter.run(name, scorer)):
+            with pytest.raises(UserError, match=r"run what the model writes for '.*' without a sandbox: use --task"):
+                ask(name)
 
 
 @pytest.mark.oracle

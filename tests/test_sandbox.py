@@ -280,22 +280,22 @@ ALWAYS_EQUAL = """
         __hash__ = None
     return Equal()
 """
-# What they do, and then the right answer unless the attack itself is to replace it.
+# What they do, and then the right answer unless the attack is to replace it. None would do harm if it got through.
 ATTACKS = {
     "infinite loop": "while True: pass",
     "infinite loop that no signal ends": "import signal\n"
     "signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nsum(iter(int, 1))",
     "sleep": "import time\ntime.sleep(1000)\nreturn x + 1",
     "endless output": "while True: print('x' * 1000000)",
-    "fork bomb": "import os\nwhile True: os.fork()",
+    "fork bomb": "import os\nfor _ in range(10): os.fork()\nreturn x + 1",
     "fork": "import os\nif os.fork(): return x + 1\nelse: os._exit(0)",
     "fork in C": "import ctypes\nassert ctypes.CDLL(None).fork() > 0\nreturn x + 1",
     "threads": "import threading, time\n"
     "threads = [threading.Thread(target=time.sleep, args=(1000,)) for _ in range(10000)]\n"
     "for thread in threads: thread.start()\nreturn x + 1",
     "4 GB": "block = bytearray(4 << 30)\nreturn x + 1",
-    "4 GB in files": "import os\n"
-    "for i in range(4096):\n    with open(f'/tmp/{i}', 'wb') as file: file.write(bytes(1 << 20))\nreturn x + 1",
+    "32 MB in files": "import os\n"
+    "for i in range(32):\n    with open(f'/tmp/{i}', 'wb') as file: file.write(bytes(1 << 20))\nreturn x + 1",
     "4 GB in a file": "with open('/tmp/a', 'wb') as file:\n    file.truncate(4 << 30)\nreturn x + 1",
     "4 GB that no process has": "import os\nos.memfd_create('a')\nreturn x + 1",
     "recursion": "return f(x)",
@@ -303,11 +303,11 @@ ATTACKS = {
     "network": "import socket\nsocket.create_connection(('127.0.0.1', PORT), timeout=1).close()\nreturn x + 1",
     "file write outside": "with open('/usr/planted', 'w') as file: file.write('x')\nreturn x + 1",
     "file write where it started": "with open('/planted', 'w') as file: file.write('x')\nreturn x + 1",
-    "file write into Python": "import json\nwith open(json.__file__, 'a') as file: file.write('x')\nreturn x + 1",
+    "file write into Python": "import json\nopen(json.__file__, 'a').close()\nreturn x + 1",
     "file of the host": "with open('FOLDER/secret') as file: file.read()\nreturn x + 1",
     "passwords": "with open('/etc/passwd') as file: file.read()\nreturn x + 1",
     "processes": "with open('/proc/self/status') as file: file.read()\nreturn x + 1",
-    "kernel": "with open('/proc/sys/kernel/core_pattern', 'w') as file: file.write('|/bin/sh')\nreturn x + 1",
+    "kernel": "open('/proc/sys/kernel/core_pattern', 'r+').close()\nreturn x + 1",
     "mount": "import ctypes\nassert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, 0) == 0\nreturn x + 1",
     "namespace": "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0\nreturn x + 1",
     "root": "import os\nos.setuid(0)\nreturn x + 1",
@@ -319,7 +319,7 @@ ATTACKS = {
     "abort": "import os\nos.abort()",
     "exit when imported": "return x\n---\nimport os\nos._exit(0)",
     "killing the parent": "import os\nos.kill(os.getppid(), 9)\nreturn x + 1",
-    "killing everything": "import os\nos.kill(-1, 9)\nreturn x + 1",
+    "killing everything": "import os\nos.kill(-1, 0)\nreturn x + 1",
     "killing one's own": "import os\nos.kill(os.getpid(), 9)",
     "frames": FRAMES,
     "frames when imported": f"return x\n---\n{textwrap.dedent(FRAMES)}",

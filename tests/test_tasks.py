@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import gzip
 import hashlib
+import importlib.machinery
 import itertools
 import json
 import logging
@@ -24,7 +25,7 @@ from scipy import stats
 from foundry_jax.errors import UserError
 from foundry_jax.tasks import TASKS, data, results, run, running, sandbox
 from foundry_jax.tasks.base import Item, Metric, Outcome, Row, Task, bits_per_byte, mean, pooled, scored_bytes
-from foundry_jax.tasks.constitution import Constitution, first_is_higher
+from foundry_jax.tasks.constitution import TURN, Constitution, first_is_higher
 from foundry_jax.tasks.gsm8k import GSM8K, flexible, matches, strict
 from foundry_jax.tasks.humaneval import HumanEval, pass_at_k
 from foundry_jax.tasks.mmlu import CATEGORIES, CATEGORY, LETTERS, MMLU
@@ -258,6 +259,7 @@ class Hub(types.ModuleType):
 
     def __init__(self, rows, cached):
         super().__init__("datasets")
+        self.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
         self.config = types.SimpleNamespace(HF_HUB_OFFLINE=False)
         self.rows, self.cached, self.asked = rows, cached, []
 
@@ -285,7 +287,7 @@ def test_without_a_path_the_hub_is_asked(monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["silence", "refusal"])
-def test_without_a_network_it_takes_a_few_seconds_to_say_so(monkeypatch, how):
+def test_without_a_network_it_takes_a_few_seconds_to_say_so(monkeypatch, tmp_path, how):
     forever = threading.Event()
 
     def info(repository, timeout):
@@ -296,14 +298,20 @@ def test_without_a_network_it_takes_a_few_seconds_to_say_so(monkeypatch, how):
     assert data.HUB_SECONDS < 3  # the rest of 5 s is for starting Python and JAX
     monkeypatch.setattr(data, "HUB_SECONDS", 0.5)
     found = hub(monkeypatch, info)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "none"))
     start = time.monotonic()
     with pytest.raises(UserError, match=r"openai/gsm8k the hub does not answer, .*test.jsonl.*\.parquet") as caught:
         GSM8K()
     assert time.monotonic() - start < (2 if how == "silence" else 0.4) and "\n" not in str(caught.value)
-    assert found.asked == [("openai/gsm8k", "main", None, "test", True)]  # it was not let try for minutes
-    assert not found.config.HF_HUB_OFFLINE and not huggingface_hub.constants.HF_HUB_OFFLINE
+    assert not found.asked
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    (tmp_path / "openai___gsm8k").mkdir()
+    with pytest.raises(UserError, match="openai/gsm8k the hub says: offline"):
+        GSM8K()
     found.cached = True
     assert len(GSM8K(shots=0).items()) == 2
+    assert found.asked == 2 * [("openai/gsm8k", "main", None, "test", True)]  # it was not let try for minutes
+    assert not found.config.HF_HUB_OFFLINE and not huggingface_hub.constants.HF_HUB_OFFLINE
     forever.set()
 
 
@@ -375,7 +383,8 @@ def test_gsm8k_finds_numbers(text, strictly, flexibly):
 @pytest.mark.parametrize(
     ("prediction", "gold", "same"),
     [("3.", "x #### 3", 1), ("$70,000", "#### 70000", 1), ("70000", "y\n#### 70,000", 1), ("3.0", "#### 3", 0),
-     ("[invalid]", "#### 3", 0), ("-3", "#### 3", 0), ("3", "a #### 4\n#### 3", 1)],
+     ("[invalid]", "#### 3", 0), ("-3", "#### 3", 0), ("3", "a #### 4\n#### 3", 1), ("3.,", "#### 3", 1),
+     ("[invalid]", "#### [INVALID]", 1)],
 )  # fmt: skip
 def test_gsm8k_compares_numbers(prediction, gold, same):
     assert matches(prediction, gold) == same
@@ -596,6 +605,20 @@ def test_humaneval_counts_what_passes(monkeypatch, humaneval):
     assert outcomes[0].notes["verdicts"][1] == {"passed": False, "reason": "no"}
 
 
+def test_humaneval_completions_are_run_in_the_sandbox(humaneval):
+    try:
+        sandbox.require()
+    except UserError as error:
+        pytest.skip(str(error))
+    task = HumanEval(humaneval, allow_code_execution=True)
+    gold = Score(-1.0, False, 1)
+    wrong = "    return x - 1\n"
+    answers = [[gold, item.gold if i % 2 else wrong] for i, item in enumerate(task.items())]
+    outcomes = task.score_all(task.items(), answers)
+    assert [outcome.metrics["pass@1"] for outcome in outcomes] == [0, 1, 0, 1]
+    assert outcomes[0].notes["verdicts"][0] == {"passed": False, "reason": "AssertionError"}
+
+
 def test_humaneval_refuses_a_problem_twice(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", [function(1), function(2), function(1)])
     with pytest.raises(UserError, match="line 3, has the task_id 'HumanEval/1' again, after .*x.jsonl, line 1"):
@@ -658,7 +681,7 @@ def test_dialogues_are_parted_after_the_last_turn_they_share(tmp_path, caplog):
     short = "\n\nHuman: a\n\nAssistant:"
     rows = [
         {"chosen": f"{start} A.", "rejected": f"{start} Because."},
-        {"chosen": f"{short} x\n\nHuman: b", "rejected": f"{short} y\n\nAssistant:"},
+        {"chosen": f"{short} x\n\nHuman: b{TURN} c", "rejected": f"{short} y\n\nAssistant:"},
         {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b\n\nAssistant:"},
         {"chosen": start, "rejected": f"{start} x"},
     ]
@@ -666,7 +689,7 @@ def test_dialogues_are_parted_after_the_last_turn_they_share(tmp_path, caplog):
         items = Constitution(write_lines(tmp_path / "x.jsonl", rows)).items()
     assert [(item.prompt, item.fields["chosen"], item.fields["rejected"]) for item in items] == [
         (start, " A.", " Because."),
-        (short, " x\n\nHuman: b", " y\n\nAssistant:"),
+        (short, f" x\n\nHuman: b{TURN} c", " y\n\nAssistant:"),
     ]
     assert "2 of 4 pairs are left out" in caplog.text
 
@@ -812,6 +835,17 @@ def test_items_that_lost_their_beginning_are_counted_once(tmp_path, gsm8k):
         == 2 * len(longer)
         == json.loads((tmp_path / "out" / "result.json").read_text())["truncated"]
     )
+
+
+def test_what_a_task_lacks_is_noticed_before_anything_is_asked(monkeypatch, tmp_path, humaneval):
+    def refuse():
+        raise UserError("There is no sandbox.")
+
+    monkeypatch.setattr(sandbox, "require", refuse)
+    scorer = FakeScorer()
+    with pytest.raises(UserError, match="There is no sandbox"):
+        run(HumanEval(humaneval, allow_code_execution=True), scorer, tmp_path / "out")
+    assert not scorer.asked and not (tmp_path / "out").exists()
 
 
 def test_a_run_that_fails_leaves_no_older_result(tmp_path, mmlu):

@@ -9,11 +9,13 @@ import contextlib
 import dataclasses
 import gzip
 import importlib
+import importlib.util
 import json
 import logging
 import os
 import pathlib
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 VARIABLE = "FOUNDRY_EVAL_DATA"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 SHARDS = "-?????-of-?????.parquet"  # as the hub names the parts of a split
-HUB_SECONDS = 2.5  # to hear from the hub at all: without a network the user shall know within 5 s
+HUB_SECONDS = 2.0  # to hear from the hub at all: without a network the user shall know within 5 s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,29 +220,30 @@ def _from_hub(layout: Layout, split: str) -> Split:
         UserError: no data set, no package to get it with, or no network: says what files to give instead.
     """
     require(layout.hub is not None, f"{layout.task} has no data of its own: give {layout.accepted}.")
-    repository, instead = layout.hub["path"], f"Instead, give {layout.accepted}."
-    wait = hub_answers(repository)  # meanwhile, the package is imported
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        raise UserError(
-            f"{layout.task} was given no data, and getting {repository} from the hub needs the package datasets: pip "
-            f"install datasets. {instead}"
-        ) from None
-    answers = wait()
+    repository, what = layout.hub["path"], f"{layout.task} was given no data, and"
+    instead = f"Instead, give {layout.accepted}."
+    require(
+        importlib.util.find_spec("datasets") is not None,
+        f"{what} getting {repository} from the hub needs the package datasets: pip install datasets. {instead}",
+    )
+    answers = hub_answers(repository)()
+    require(
+        answers or _may_be_cached(repository),
+        f"{what} for {repository} the hub does not answer, nor is it in the cache. {instead}",
+    )
+    datasets = importlib.import_module("datasets")
     with offline(datasets, active=not answers):
         try:
             rows = datasets.load_dataset(**layout.hub, split=split)
         except Exception as error:  # of whichever of its many libraries; passed on in one line
-            why = f"says: {_line(error)}" if answers else "does not answer, nor is it in the cache"
-            raise UserError(f"{layout.task} was given no data, and for {repository} the hub {why}. {instead}") from None
+            raise UserError(f"{what} for {repository} the hub says: {_line(error)}. {instead}") from None
     log.info("%s: %s records of %s.", layout.task, f"{len(rows):,}", repository)
     records = [Record(f"{repository}, {split}, row {i},", row, layout.shape) for i, row in enumerate(rows, start=1)]
     return Split(records, repository)
 
 
 def hub_answers(repository: str) -> Callable[[], bool]:
-    """Returns what waits up to HUB_SECONDS and returns whether the hub answers.
+    """Returns what waits until HUB_SECONDS from now, and returns whether the hub answers.
 
     It is asked in a thread, as looking up its address may take long to fail.
     """
@@ -256,12 +259,24 @@ def hub_answers(repository: str) -> Callable[[], bool]:
         answered.set()
 
     def wait() -> bool:
-        thread.join(HUB_SECONDS)
+        thread.join(max(0.0, deadline - time.monotonic()))
         return answered.is_set()
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread, deadline = threading.Thread(target=ask, daemon=True), time.monotonic() + HUB_SECONDS
     thread.start()
     return wait
+
+
+def _may_be_cached(repository: str) -> bool:
+    """Returns whether the cache of `datasets`, which takes seconds to import, has a folder of that name."""
+    home = os.environ.get("HF_DATASETS_CACHE") or pathlib.Path(huggingface_hub.constants.HF_HOME) / "datasets"
+    folder = pathlib.Path(home).expanduser()
+    name = _letters(repository.rpartition("/")[2])
+    return folder.is_dir() and any(name in _letters(path.name) for path in folder.iterdir())
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text.lower()))
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ try:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
 except ImportError as error:
     raise UserError(
         f"Tasks of lm-eval need it installed ({error}): pip install 'foundry-jax[lm-eval]', or choose another task."
@@ -229,12 +230,18 @@ def _load(name: str) -> _Loaded:
         near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise UserError(f"lm-eval has no task {name!r}.{hint} `lm-eval ls tasks` lists all; a YAML file will do too.")
+    entry = manager.task_index.get(name)
+    path = entry.yaml_path if entry else Path(name)
     random.seed(DEFAULT_RANDOM_SEED)  # as lm_eval.simple_evaluate does
     np.random.seed(DEFAULT_OTHER_SEED)
     online = data.hub_answers(SOME_DATA_SET)()
     try:
         with contextlib.redirect_stdout(sys.stderr), data.offline(datasets, active=not online):
+            if path and load_yaml(path, resolve_func=False).get("unsafe_code"):
+                raise _no_sandbox(name)  # before its own code is loaded, which may bring more from the hub
             loaded = manager.load([name])
+    except UserError:
+        raise
     except Exception as error:  # a task's own code fails, or any of the libraries that fetch data
         raise UserError(
             f"lm-eval cannot load {name!r} ({type(error).__name__}: {_first_line(error)}): its data comes from the "
@@ -258,12 +265,15 @@ def _first_line(error: Exception) -> str:
 
 def _refuse_what_is_not_offered(task) -> None:
     if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(
-            f"lm-eval would run what the model writes for {task.config.task!r} without a sandbox: "
-            f"use --task=humaneval, which has one."
-        )
+        raise _no_sandbox(task.config.task)
     if getattr(task, "MULTIMODAL", False):
         raise UserError(f"{task.config.task!r} shows images, and there are only language models here.")
+
+
+def _no_sandbox(name: str) -> UserError:
+    return UserError(
+        f"lm-eval would run what the model writes for {name!r} without a sandbox: use --task=humaneval, which has one."
+    )
 
 
 def _set_shots(task, own: int | None, shots: int | None) -> None:

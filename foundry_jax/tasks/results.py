@@ -18,7 +18,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scipy import stats
+from scipy import special
 
 from foundry_jax.errors import UserError
 from foundry_jax.registry import lookup
@@ -233,7 +233,7 @@ def paired_difference(
     require(n >= 2, f"{n} items in common say nothing about the spread of a difference; take more.")
     centre = math.fsum(differences) / n
     spread = math.sqrt(math.fsum((x - centre) ** 2 for x in differences) / (n - 1) / n)
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * spread
+    half = float(special.stdtrit(n - 1, (1 + confidence) / 2)) * spread
     return Difference(centre, (centre - half, centre + half), n)
 
 

@@ -138,7 +138,7 @@ def settings(bwrap: str, timeout: float, workers: int) -> dict:
         "FSIZE": FILE_BYTES,
         "NOFILE": 64,
         "NPROC": 64,
-        "CORE": 0,
+        "CORE": 1,  # of no use to anyone, and the one size for which Linux starts no handler of crashes
     }
     start = f"import sys; sys.path[:0] = [{INSIDE!r}]; sys.path.append({PACKAGES!r}); import inside; inside.main()"
     return {
@@ -155,11 +155,15 @@ def _namespaces() -> list[str]:
     kinds = [f"--unshare-{kind}" for kind in ("user", "pid", "net", "ipc", "uts", "cgroup-try")]
     identity = ["--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox", "--cap-drop", "ALL"]
     environment = [word for name, value in ENVIRONMENT.items() for word in ("--setenv", name, value)]
-    return [*kinds, *identity, "--die-with-parent", "--new-session", "--clearenv", *environment]
+    return [*kinds, *identity, "--die-with-parent", "--new-session", *environment]
 
 
 def _files() -> list[str]:
-    """Returns bwrap's options for all files there are: read-only, but for an empty /tmp. There is no /proc."""
+    """Returns bwrap's options for all files there are: read-only, but for an empty /tmp.
+
+    There is no /proc. Where root evaluates, a program is root's as well, without its powers, and the files below
+    /proc/sys ask for nothing more: bwrap 0.11's --proc leaves the kernel's settings writable then.
+    """
     options = [word for path in (*SYSTEM, *_python_files()) for word in ("--ro-bind-try", path, path)]
     for path in _packages():
         options += ["--ro-bind", str(path), f"{PACKAGES}/{path.name}"]
@@ -183,8 +187,7 @@ def _packages() -> list[Path]:
     """Returns the folders of packages that may be imported, and of the libraries that their wheels bring along."""
     found = []
     for name in IMPORTABLE:
-        spec = importlib.util.find_spec(name)
-        folder = Path(spec.submodule_search_locations[0])
+        folder = Path(importlib.util.find_spec(name).submodule_search_locations[0])
         found += [path for path in (folder, folder.with_name(f"{name}.libs")) if path.is_dir()]
     return found
 
