@@ -115,6 +115,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.every = 500  # steps between passes over the whole validation set
     c.eval.batch_size = 64  # sequences
+    c.eval.tasks = ""  # tasks to evaluate while training, such as "mmlu(every=1000, limit=200), constitution(ema=True)"
 
     c.log = ConfigDict()
     c.log.every = 10  # steps

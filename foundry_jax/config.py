@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from foundry_jax.errors import UserError
 from foundry_jax.model.config import ModelConfig, scale_of
 from foundry_jax.registry import lookup, unknown
-from foundry_jax.schema import build, coerce, require, require_range
+from foundry_jax.schema import build, calls, coerce, require, require_range
 
 SCHEDULES = {
     "cosine": "half a cosine from the peak to the minimum",
@@ -194,13 +194,18 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """When to evaluate on the whole validation set; every counts steps, batch_size sequences."""
+    """When to evaluate on the whole validation set; every counts steps, batch_size sequences.
+
+    tasks: evaluation tasks for the parameters that are being trained; see tasks/in_loop.py.
+    """
 
     every: int
     batch_size: int
+    tasks: str
 
     def __post_init__(self):
         require_range(self, "eval.", every=(1, math.inf), batch_size=(1, math.inf))
+        calls(self.tasks, "eval.tasks")
 
 
 @dataclasses.dataclass(frozen=True)

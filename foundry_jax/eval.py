@@ -277,6 +277,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     import rich.console
     import rich.table
 
+    from foundry_jax.tasks.base import Metric
+
     right = {"justify": "right"}
     columns = [("task", {}), ("metric", {}), ("n", right), ("score", right), ("standard error", right),
                ("truncated", right)]  # fmt: skip
@@ -284,7 +286,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     for name, options in columns:
         shown.add_column(name, **options)
     for task, result in results.items():
-        rows = [(name, found) for name, found in result["metrics"].items() if name.count("/") < 2]
+        rows = [(name, found) for name, found in result["metrics"].items() if not Metric(name, **found).is_detail]
         for i, (name, found) in enumerate(rows):
             what = f"{task} ({result['dataset']})" if result["dataset"].lower() != task else task
             cells = [what, name, f"{found['n']:,}", f"{found['value']:.4f}", _stderr(found["stderr"])]

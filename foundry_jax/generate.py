@@ -122,7 +122,8 @@ def stream(
     spare = -len(prompts) % batch_shards()
     tokens_BL, positions_BL, ends_B = _left_padded([*prompts, *[prompts[0]] * spare])
     longest = int(ends_B.max())
-    cache = _empty_cache(config=config, batch=len(ends_B), length=_cache_length(longest + max_tokens, config))
+    length = _cache_length(longest + max_tokens, config)
+    cache = _empty_cache(variables, config=config, batch=len(ends_B), length=length)
     advance = functools.partial(_advance, config=config, kind=sampling.kind)
     for step in range(max_tokens):
         draw = _Draw.of(sampling, config.vocab_size, step)
@@ -167,8 +168,14 @@ def _bucket(length: int) -> int:
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
-@functools.partial(jax.jit, static_argnames=("config", "batch", "length", "rolling"))
-def _empty_cache(*, config: ModelConfig, batch: int, length: int, rolling: bool = True) -> Cache:
+def _empty_cache(variables: dict, *, config: ModelConfig, batch: int, length: int, rolling: bool = True) -> Cache:
+    """Returns an empty cache on the devices of the parameters: an array that is on none in particular, as one made of
+    nothing is on a mesh of one device, would have what takes it compiled again."""
+    return _emptied(jax.tree.leaves(variables)[0], config=config, batch=batch, length=length, rolling=rolling)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "batch", "length", "rolling"), keep_unused=True)
+def _emptied(_: jax.Array, *, config: ModelConfig, batch: int, length: int, rolling: bool) -> Cache:
     return _laid_out(transformer.init_cache(config, batch, length, rolling=rolling))
 
 
@@ -178,7 +185,7 @@ def _advance(variables, tokens_BL, positions_BL, cache: Cache, draw: _Draw, *, c
     model, placement = Transformer(config), Placement(positions_BL)
     logits_BV, cache = model.apply(variables, tokens_BL, placement, cache, method=_last_logits)
     next_B = _next_ids(logits_BV, draw, kind)
-    return constrain(next_B.astype(jnp.int32)[:, None], "activation_batch", None), _laid_out(cache)
+    return constrain(next_B.astype(jnp.int32)[:, None], None, None), _laid_out(cache)  # ids whole on every process
 
 
 def _last_logits(module: Transformer, tokens_BL, placement, cache):
@@ -255,7 +262,7 @@ class Reader:
             length: most tokens of a text.
         """
         self.config, self.variables, self.rows, self.length = config, variables, rows, length
-        self.cache = _empty_cache(config=config, batch=rows, length=length, rolling=False)
+        self.cache = _empty_cache(variables, config=config, batch=rows, length=length, rolling=False)
         self._held = [np.zeros(0, np.int32)] * rows
 
     def common(self, row: int, ids: np.ndarray) -> int:
@@ -364,7 +371,9 @@ class _Writer:
 
     def __init__(self, reader: Reader, rows: int, kind: str):
         self._reader, self._kind = reader, kind
-        self._cache = _empty_cache(config=reader.config, batch=rows, length=reader.length, rolling=False)
+        self._cache = _empty_cache(
+            reader.variables, config=reader.config, batch=rows, length=reader.length, rolling=False
+        )
         self._tokens_R1 = np.zeros((rows, 1), np.int32)
         self._positions_R1 = np.full((rows, 1), EMPTY, np.int32)
         self._draws_R = _Draw(*(np.ones(rows, number.dtype) for number in _Draw.of(Sampling(), 1, 0)))

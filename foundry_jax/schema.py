@@ -1,6 +1,7 @@
 """Typed construction of frozen dataclasses from untyped mappings, with one-line errors."""
 
 import ast
+import contextlib
 import dataclasses
 import math
 import typing
@@ -66,18 +67,43 @@ def variant(text: str, table: Mapping[str, type | None], what: str) -> Any:
     return build(cls, fields | given | named, f"{what}={name}: ") if cls else None
 
 
+def calls(text: str, what: str) -> list[tuple[str, dict[str, Any]]]:
+    """Returns (name, {key: value}) of each of some calls with commas between them: "a(key=1), b, c(text='x')".
+
+    Raises:
+        UserError: text that is no such list, or a value without a key.
+    """
+    try:
+        found = [_call_of(node) for node in ast.parse(f"[{text}]", mode="eval").body.elts]
+    except (SyntaxError, ValueError, AttributeError):
+        found = [None]
+    if any(call is None or call[1] for call in found):
+        raise UserError(f"{what}={text!r} must be names, each perhaps with options: first(key=2), second(path='x').")
+    return [(name, named) for name, _, named in found]
+
+
 def _parse_call(text: str, what: str) -> tuple[str, list[Any], dict[str, Any]]:
     """Returns (name, numbers without a name, numbers by name) of "name" or "name(1, key=2)"."""
-    try:
-        call = ast.parse(text.strip(), mode="eval").body
-        if isinstance(call, ast.Name):
-            return call.id, [], {}
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and all(k.arg for k in call.keywords):
-            named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-            return call.func.id, [ast.literal_eval(value) for value in call.args], named
-    except (SyntaxError, ValueError):
-        pass
-    raise UserError(f"{what}={text!r} must be a name, or a name with numbers such as name(key=2, other=0.5).")
+    call = None
+    with contextlib.suppress(SyntaxError, ValueError):
+        call = _call_of(ast.parse(text.strip(), mode="eval").body)
+    if call is None:
+        raise UserError(f"{what}={text!r} must be a name, or a name with numbers such as name(key=2, other=0.5).")
+    return call
+
+
+def _call_of(node: ast.expr) -> tuple[str, list[Any], dict[str, Any]] | None:
+    """Returns what _parse_call does; None if it is neither a name nor a call with literals.
+
+    Raises:
+        ValueError: an argument is no literal.
+    """
+    if isinstance(node, ast.Name):
+        return node.id, [], {}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and all(k.arg for k in node.keywords):
+        named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+        return node.func.id, [ast.literal_eval(value) for value in node.args], named
+    return None
 
 
 def _call(name: str, fields: Mapping[str, Any]) -> str:

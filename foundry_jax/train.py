@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,14 @@ from foundry_jax.schema import require
 from foundry_jax.train_step import Program, TrainState
 
 if TYPE_CHECKING:
+    from foundry_jax.tasks.in_loop import Scheduled
+    from foundry_jax.tasks.scoring import Scorer
     from foundry_jax.zoo import Source
 
 log = logging.getLogger(__name__)
 
 # Keys that may change when a run is resumed: they decide what is kept and shown, not what is computed.
-OPERATIONAL = ("name", "sharding", "checkpoint", "log", "data.cache_dir")
+OPERATIONAL = ("name", "sharding", "checkpoint", "log", "data.cache_dir", "eval.tasks")
 
 
 def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
     if config.lora.rank:
         lora.target_paths(config.model, config.lora.targets)
     with Preemption() as preemption, RunFolder(workdir, primary=jax.process_index() == 0) as folder:
-        source = open_source(config)
+        source, tasks = open_source(config), tasks_of(config)
         corpus = data.prepare(config.data, tokenizer_of(config, source))
         config = with_vocabulary(config, vocab_size_of(config, corpus, source))
         num_params = transformer.num_params(config.model)
@@ -77,8 +79,23 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
             plan.context(),
             Checkpointer(folder.checkpoints, keep_latest=keep.keep_latest, keep_best=keep.keep_best) as checkpointer,
         ):
-            trainer = Trainer(config, source, corpus, batches, plan, folder, checkpointer, preemption, quiet=quiet)
+            trainer = Trainer(
+                config, source, corpus, batches, tasks, plan, folder, checkpointer, preemption, quiet=quiet
+            )
             return trainer.train()
+
+
+def tasks_of(config: Config) -> "list[Scheduled]":
+    """Returns the tasks to evaluate on the way, their data read.
+
+    Raises:
+        UserError: an unknown task or option, or no data.
+    """
+    if not config.eval.tasks.strip():
+        return []
+    from foundry_jax.tasks import in_loop  # as in open_source
+
+    return in_loop.scheduled(config.eval.tasks)
 
 
 def open_source(config: Config) -> "Source | None":
@@ -242,6 +259,7 @@ class Trainer:
         source: "Source | None",
         corpus: data.Corpus,
         batches: Batches,
+        tasks: "Sequence[Scheduled]",
         plan: sharding.Plan,
         folder: RunFolder,
         checkpointer: Checkpointer,
@@ -250,6 +268,7 @@ class Trainer:
         quiet: bool,
     ):
         self.config, self.source, self.corpus, self.batches, self.plan = config, source, corpus, batches, plan
+        self.tasks, self.failed_tasks, self.base = tasks, {}, {}
         self.folder, self.checkpointer, self.preemption = folder, checkpointer, preemption
         self.quiet = quiet or jax.process_index() > 0
         self.clock = Clock()
@@ -261,6 +280,8 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Trains from the newest checkpoint to the last step and returns the run's result."""
+        for task in self.tasks:
+            task.check(self.scorer({}))
         self.base = self.init_base()
         if self.program.learns_from_pairs:
             self.add_reference()
@@ -276,6 +297,7 @@ class Trainer:
                 step_fn = compilation.compile_train_step(self.program, self.plan, self.batch_shape)
             if step > 0:
                 self.evaluate_if_due(state, step)  # it may have been stopped between a step and its evaluation
+                self.ask_tasks_if_due(state, step)
             while step < self.config.num_steps:
                 try:
                     state, step = self.loop(step_fn, state, step)
@@ -389,10 +411,11 @@ class Trainer:
                 state, metrics = step_fn(state, self.place(batch, self.batch_shape), self.hyper, self.base)
             self.note(unread)
             unread = (step, metrics)
-            if self.preemption.requested(step) or self.eval_is_due(step) or self.save_is_due(step):
+            if self.preemption.requested(step) or self.is_anything_due(step):
                 self.note(unread)
                 unread = None
                 self.evaluate_if_due(state, step)
+                self.ask_tasks_if_due(state, step)
                 self.save_if_due(state, step)
         self.note(unread)
         return state, self.config.num_steps
@@ -416,6 +439,12 @@ class Trainer:
 
     def save_is_due(self, step: int) -> bool:
         return step % self.config.checkpoint.every == 0 or step == self.config.num_steps
+
+    def is_anything_due(self, step: int) -> bool:
+        return self.eval_is_due(step) or self.save_is_due(step) or bool(self.due_tasks(step))
+
+    def due_tasks(self, step: int) -> "list[Scheduled]":
+        return [task for task in self.tasks if task.is_due(step, self.config.num_steps)]
 
     def busy_seconds(self) -> float:
         return self.clock.seconds["step"] + self.clock.seconds["data"]
@@ -479,6 +508,58 @@ class Trainer:
         self.progress.line(
             f"step {step} validation loss {row['loss']:.4f}{bits}; of averaged weights {row['ema_loss']:.4f}"
         )
+
+    def ask_tasks_if_due(self, state: TrainState, step: int) -> None:
+        """Evaluates the tasks that are due, unless their rows are there already.
+
+        What a task cannot do it says in a warning and in the result, and the run goes on.
+
+        Raises:
+            Preempted: as in evaluate_if_due.
+        """
+        done = {name.partition("/")[0] for row in self.rows("task") if row["step"] == step for name in row}
+        for task in self.due_tasks(step):
+            if task.label not in done:
+                self.ask_task(task, state, step)
+
+    def ask_task(self, task: "Scheduled", state: TrainState, step: int) -> None:
+        """Evaluates one task, and writes what it came to."""
+        scorer = self.scorer(state.ema_params if task.ema else state.params)
+        folder = self.task_folder(task, step) if jax.process_index() == 0 else None
+        about = {"run": str(self.folder.path), "step": step, "ema": task.ema, "dtype": self.config.model.dtype}
+        environment = {"environment": provenance.environment(self.plan)}
+        try:
+            with self.clock.measure("eval"):
+                result = task.evaluate(scorer, folder, about, environment, lambda *_: self.stop_if_asked(state, step))
+        except UserError as error:
+            log.warning("%s at step %d failed: %s", task.label, step, error)
+            self.failed_tasks[task.label] = {"error": str(error)}
+            return
+        self.writer.write(step, "task", result.to_row(task.label))
+        first = result.metrics[0]
+        self.progress.line(f"step {step} {task.label} {first.name} {first.value:.4f} of {first.n:,} items")
+
+    def task_folder(self, task: "Scheduled", step: int) -> Path:
+        return self.folder.path / "evals" / f"step-{step}" / task.label
+
+    def task_results(self) -> dict[str, Any]:
+        """Returns what the tasks came to at the last step, as their result.json has it, or why one did not."""
+        steps = self.config.num_steps
+        found = {task.label: read_result(self.task_folder(task, steps)) for task in self.tasks}
+        return {label: self.failed_tasks.get(label) or result for label, result in found.items()}
+
+    def scorer(self, params: dict) -> "Scorer":
+        """Returns what answers the requests of tasks with some parameters of the run."""
+        from foundry_jax.tasks.scoring import Scorer  # as in open_source
+        from foundry_jax.zoo.pretrained import Pretrained
+        from foundry_jax.zoo.run import stop_ids_of
+
+        tokenizer, adapters = self.corpus.tokenizer, None
+        if self.program.lora_rank:
+            params, adapters = self.base, lora.scaled(params, self.hyper.lora_scale)
+        name, stop_ids = str(self.folder.path), stop_ids_of(tokenizer)
+        model = Pretrained(name, self.program.model, params, tokenizer, stop_ids, self.plan, adapters)
+        return Scorer(model, batch_size=self.config.eval.batch_size)
 
     def save_if_due(self, state: TrainState, step: int) -> None:
         """Saves if a checkpoint is due, but not between skipped steps.
@@ -554,6 +635,7 @@ class Trainer:
             "step": steps,
             "validation": {name: value for name, value in self.evals[steps].items() if name not in ("step", "kind")},
             "validation_hash": self.corpus.validation_hash,
+            **({"tasks": self.task_results()} if self.tasks else {}),
             "train_loss": rows[-1]["loss"],
             "noise_scale_tokens": noise_scale(rows, math.prod(self.batch_shape[1:])),
             "skipped_steps": sum(1 for row in rows if row["skips"]),

@@ -1,4 +1,4 @@
-"""Two processes of two devices train as one process of four does."""
+"""Two processes of two devices train, and answer tasks, as one process of four does."""
 
 import json
 import os
@@ -9,25 +9,31 @@ import sys
 import pytest
 
 from foundry_jax.metrics import read_metrics
+from foundry_jax.tasks import results
 from tests.conftest import ROOT
+from tests.processes import SMALL_TEXT
 
 pytestmark = pytest.mark.slow
 
+# Room for the 256 tokens of an answer.
+SIZES = ("num_steps=12", "checkpoint.every=6", "eval.every=6", "model.context_length=320", "eval.batch_size=4")
 SCRIPT = """
 import sys, jax
-rank, count, devices, port, folder, strategy = sys.argv[1:]
+rank, count, devices, port, folder, *overrides = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", int(devices))
 if int(count) > 1:
     jax.distributed.initialize(f"localhost:{port}", int(count), int(rank))
 from foundry_jax import command, compilation, config, train
 compilation.enable_cache()
-overrides = [f"sharding.strategy={strategy}", "num_steps=12", "checkpoint.every=6", "eval.every=6"]
 command.run(lambda: train.run(config.load("configs/smoke.py", overrides), folder))
 """
 
 
 def start(rank, count, devices, port, folder, strategy):
-    arguments = [sys.executable, "-c", SCRIPT, *map(str, (rank, count, devices, port, folder, strategy))]
+    data = folder.parent
+    tasks = f"constitution(every=6, data='{data}/pairs.jsonl'), gsm8k(shots=0, data='{data}/sums.jsonl')"
+    overrides = [*SMALL_TEXT, f"sharding.strategy={strategy}", f"eval.tasks={tasks}", *SIZES]
+    arguments = [sys.executable, "-c", SCRIPT, *map(str, (rank, count, devices, port, folder, *overrides))]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.Popen(
         arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -42,6 +48,11 @@ def free_port():
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.exhaustive)])
 def test_two_processes_equal_one(tmp_path, strategy):
+    for name, row in {
+        "pairs": {"prompt": "Is it so?", "chosen": " It is.", "rejected": " No idea."},
+        "sums": {"question": "1 + 1?", "answer": "#### 2"},
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
     alone = start(0, 1, 4, 0, tmp_path / "alone", strategy)
     assert alone.wait(120) == 0, alone.stdout.read()
     port = free_port()
@@ -50,6 +61,10 @@ def test_two_processes_equal_one(tmp_path, strategy):
         assert process.wait(120) == 0, process.stdout.read()
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("alone", "pair"))
     assert [(row["step"], row["kind"]) for row in one] == [(row["step"], row["kind"]) for row in two]
+    assert [row["kind"] for row in one].count("task") == 3
     for a, b in zip(one, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        names = [name for name in a if name == "loss" or "/" in name]
+        assert [a[name] for name in names] == pytest.approx([b[name] for name in names], rel=1e-5, nan_ok=True)
+    one, two = (results.read(tmp_path / name / "evals" / "step-12" / "gsm8k").rows for name in ("alone", "pair"))
+    assert len(one) == 3 and one[0].notes["text"] == two[0].notes["text"] != ""
     assert json.loads((tmp_path / "pair" / "result.json").read_text())["num_processes"] == 2

@@ -47,6 +47,7 @@ SMALL = {
     "data.validation_fraction": "0.01",
     "data.tokenizer": "byte",  # fitting a BPE tokenizer takes longer than all the rest
 }
+LONG_CONTEXT = ("--config=configs/smoke.py", "--config.model.context_length=512")  # room for the answers of tasks
 PRETRAINED = "smollm2-135m"  # in commands a tiny checkpoint stands for it; python blocks load it
 SHRINK = f"""
 
@@ -120,10 +121,26 @@ def checkout(tmp_path):
         (tmp_path / name).write_text(text, "utf-8")
     pair = {"prompt": "Is it so?", "chosen": " It is.", "rejected": " No idea."}
     (tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 20, "utf-8")
+    write_items(tmp_path / "data", pair)
     (tmp_path / "texts" / "more").mkdir(parents=True)
     for number in range(40):  # so many that a tenth of them is not nothing
         (tmp_path / "texts" / "more" / f"{number}.txt").write_text(f"{number} {text}", "utf-8")
     return tmp_path
+
+
+def write_items(folder: pathlib.Path, pair: dict) -> None:
+    """Makes the folder of evaluation data that the documentation speaks of, with an item or a few of each task."""
+    sums = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(6)]
+    question = {"question": "Which?", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 2}
+    problem = {
+        "task_id": "HumanEval/0", "prompt": "def one():\n", "entry_point": "one",
+        "canonical_solution": "    return 1\n", "test": "def check(candidate):\n    assert candidate() == 1\n",
+    }  # fmt: skip
+    splits = {"gsm8k/test": sums, "gsm8k/train": sums, "mmlu/test": [question] * 3, "mmlu/dev": [question] * 5}
+    for name, rows in {**splits, "humaneval": [problem], "preferences/pairs": [pair] * 3}.items():
+        path = folder / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
 
 
 def execute(arguments: list[str], folder: pathlib.Path) -> str:
@@ -162,6 +179,19 @@ def zoo(words: list[str], folder: pathlib.Path) -> None:
     assert python(words, folder)
 
 
+def evaluate(words: list[str], folder: pathlib.Path) -> None:
+    """Runs the evaluation command on a tiny model, or on the run that it names, which is trained first."""
+    tiny = f"--path={checkpoints.write(folder / 'long', max_position_embeddings=2048)}"
+    words = [tiny if word.startswith(("--model=", "--path=")) else word for word in words]
+    for run in [word.partition("=")[2] for word in words if word.startswith("--checkpoint=")]:
+        train(["python", "-m", "foundry_jax.main", *LONG_CONTEXT, f"--workdir={run}"], folder)
+    shown = python(words, folder)
+    if "--json" in words:
+        assert json.loads(shown)["results"] and not json.loads(shown)["failed"]
+    else:
+        assert "standard error" in shown and "bits_per_byte" in shown
+
+
 def make(words: list[str], _: pathlib.Path) -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for target in words[1:]:
@@ -191,6 +221,7 @@ RULES = {
     r"python -m foundry_jax\.main --config=\S+( --\S+)*": train,
     r"python -m foundry_jax\.cli\.plan --config=\S+( --\S+)*": plan,
     r"python -m foundry_jax\.zoo (list|convert|verify|export)( \S+)*": zoo,
+    r"python -m foundry_jax\.eval --task=\S+( --\S+)*": evaluate,
     r"python docs/make_(configuration|variants)\.py": python,
     r"cp configs/\w+\.py configs/\w+\.py": execute,
     r"make( [a-z-]+)+": make,
@@ -240,9 +271,7 @@ def test_no_block_hides_commands(block):
         assert not re.search(r"^(\$|python|make|pip|cp|source) ", block.text, re.MULTILINE), f"{block.id} has commands"
 
 
-@pytest.mark.parametrize(
-    "command", ["python -m foundry_jax.eval --task=mmlu", "pip install x", "curl x", "make demo; x"]
-)
+@pytest.mark.parametrize("command", ["python -m foundry_jax.sweep mla", "pip install x", "curl x", "make demo; x"])
 def test_a_command_without_a_rule_fails(command):
     with pytest.raises(pytest.fail.Exception, match="no rule in tests/test_docs.py"):
         rule_for(command)

@@ -215,10 +215,10 @@ def test_eight_devices_write_what_one_writes(monkeypatch, variant, strategy, ten
 
 
 def test_no_device_holds_the_whole_cache():
-    config, _ = model("window_and_full", scan_layers=True, num_layers=4)
+    config, variables = model("window_and_full", scan_layers=True, num_layers=4)
     plan = sharding.plan(1000, 8, ShardingConfig(strategy="fsdp", fsdp_min_params=1, data=0, fsdp=0, tensor=2))
     with plan.context():
-        cache = generation._empty_cache(config=config, batch=4, length=32)
+        cache = generation._empty_cache(variables, config=config, batch=4, length=32)
     for x in jax.tree.leaves(cache.layers):
         assert x.addressable_shards[0].data.size == x.size // 8, x.sharding
 

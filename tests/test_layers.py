@@ -18,9 +18,9 @@ PACKAGE = ROOT / "foundry_jax"
 # From the top down: a unit imports only units of later lines. A unit is a file or folder of the package; model.config
 # is a unit of its own, because the config of a run holds it.
 LAYERS = (
-    ("main", "cli"),
+    ("main", "cli", "eval"),
     ("train",),
-    ("forecast",),
+    ("forecast", "tasks"),
     ("zoo",),
     ("compilation",),
     ("train_step", "provenance"),

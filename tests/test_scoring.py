@@ -1,6 +1,7 @@
 """The scorer: what lm-eval means by a request, numbers of the full forward pass, bits that are the request's own."""
 
 import collections
+import dataclasses
 import functools
 import itertools
 import math
@@ -46,6 +47,14 @@ def model(variant: str = "gqa", **changes) -> Pretrained:
     """Returns a random model of bytes."""
     config = tiny(variant, **{"vocab_size": 257, "context_length": CONTEXT, "window": 70} | changes)
     return Pretrained("tiny", config, params_of(config)["params"], ByteTokenizer(), (256,), None)
+
+
+def placed(model: Pretrained, strategy: str, devices: int, tensor: int = 1) -> Pretrained:
+    """Returns a model laid out over some devices."""
+    settings = ShardingConfig(strategy=strategy, fsdp_min_params=1, data=0, fsdp=0, tensor=tensor)
+    plan = sharding.plan(1000, devices, settings)
+    boxed = jax.eval_shape(functools.partial(generate.transformer.init_params, model.config), jax.random.key(0))
+    return dataclasses.replace(model, params=jax.device_put(model.params, plan.shardings(boxed)), plan=plan)
 
 
 def text(size: int, seed: int = 0) -> str:
@@ -315,9 +324,11 @@ def test_only_tokens_of_continuations_go_through_the_output_map():
     assert {math.prod(shape) for shape in shapes} == {scoring.LOOKUPS, config.model_dim}
 
 
-def test_a_task_compiles_six_programs():
+@pytest.mark.parametrize("devices", [None, 1, 8])
+def test_a_task_compiles_six_programs(devices):
     """Of any kind, little ones too: empty caches, reading, looking up; putting a prompt in its row, writing."""
-    scorer = Scorer(model(mlp_dim=24), batch_size=3)
+    asked = model(mlp_dim=24)
+    scorer = Scorer(placed(asked, "ddp" if devices == 8 else "none", devices) if devices else asked, batch_size=3)
     contexts = [text(size, seed=size) for size in (5, 600, 90, 300)]
     generations = [Generation(context, ("\n\n",), 9) for context in contexts]
     continuations = [Continuation(context, " end") for context in contexts]
@@ -465,11 +476,7 @@ def test_a_context_that_is_too_long_leaves_room_for_the_answer():
 @pytest.mark.parametrize(("strategy", "tensor"), [("fsdp", 2), ("ddp", 1)])
 def test_eight_devices_answer_as_one_does(strategy, tensor):
     one = model("gqa", model_dim=24, mlp_dim=32)
-    config = one.config
-    plan = sharding.plan(1000, 8, ShardingConfig(strategy=strategy, fsdp_min_params=1, data=0, fsdp=0, tensor=tensor))
-    boxed = jax.eval_shape(functools.partial(generate.transformer.init_params, config), jax.random.key(0))
-    placed = jax.device_put(one.params, plan.shardings(boxed))
-    many = Pretrained("tiny", config, placed, ByteTokenizer(), (256,), plan)
+    many = placed(one, strategy, 8, tensor)
     requests, generations = mixed(), [Generation(prompt, (), 6) for prompt in prompts()]
     expected, found = Scorer(one).loglikelihood(requests), Scorer(many).loglikelihood(requests)
     np.testing.assert_allclose(

@@ -33,6 +33,11 @@ class Metric(NamedTuple):
     stderr: float
     n: int
 
+    @property
+    def is_detail(self) -> bool:
+        """Whether it is of a part of a part of the items, such as one subject of MMLU: too much for a table."""
+        return self.name.count("/") > 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Item:

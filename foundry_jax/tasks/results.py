@@ -67,6 +67,13 @@ class Result:
             "settings": dict(self.settings),
         }
 
+    def to_row(self, label: str) -> dict[str, float]:
+        """Returns the scores, but those of single subjects, as numbers for metrics.jsonl: "mmlu/accuracy", ..."""
+        shown = [metric for metric in self.metrics if not metric.is_detail]
+        values = {f"{label}/{metric.name}": metric.value for metric in shown}
+        errors = {f"{label}/{metric.name}_stderr": metric.stderr for metric in shown}
+        return {**values, **errors, f"{label}/n": self.n, f"{label}/truncated": self.truncated}
+
 
 def metrics_json(metrics: Iterable[Metric]) -> dict[str, dict[str, Any]]:
     """Returns scores as result.json has them, by name."""
@@ -181,6 +188,17 @@ def _row(line: bytes) -> Row | None:
         return Row(**json.loads(line)) if line.endswith(b"\n") else None
     except (ValueError, TypeError):
         return None
+
+
+def save(result: Result, folder: str | os.PathLike, facts: Mapping[str, Any] | None = None) -> None:
+    """Writes a result to a new folder; `facts` is what result.json says besides.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with Journal(folder, result.settings) as journal:
+        journal.add(result.rows)
+        journal.finish({**result.to_json(), **(facts or {})})
 
 
 def read(folder: str | os.PathLike) -> Result:

@@ -33,7 +33,7 @@ def run(
     Items that the folder has already are not asked about again; how many are asked at once changes no number.
 
     Args:
-        folder: where it is kept; None: nowhere.
+        folder: where it is kept; None: nowhere, and all are asked at once.
         limit: most items; those of a smaller limit are among those of a larger one.
         model: what else decides the numbers, such as {"weights": a hash}; a folder begun with another is refused.
             "model", the name of the weights, may differ.
@@ -56,7 +56,8 @@ def run(
         count = _Counter({name: len(of_item) for name, of_item in requests.items()}, rows, progress)
         if len(rows) < len(items):
             scorer.reserve(_longest([request for of_item in requests.values() for request in of_item]))
-        for chunk in _chunks([item for item in items if item.id not in rows]):
+        left = [item for item in items if item.id not in rows]
+        for chunk in _chunks(left) if folder is not None else [left]:
             new = _rows(task, scorer, chunk, ranks, count.add)
             journal.add(new)
             rows |= {row.id: row for row in new}

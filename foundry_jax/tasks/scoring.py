@@ -21,7 +21,7 @@ from foundry_jax.data.chat import TextStream
 from foundry_jax.generate import CHUNK, Prompt, Reader, common_length, num_chunks
 from foundry_jax.model import transformer
 from foundry_jax.model.config import ModelConfig
-from foundry_jax.model.layers import batch_shards
+from foundry_jax.model.layers import batch_shards, constrain
 from foundry_jax.model.position import position_of
 from foundry_jax.model.transformer import Transformer
 from foundry_jax.schema import require
@@ -103,6 +103,15 @@ class Scorer:
         most = max((lengths[_text_of(request)] + getattr(request, "max_tokens", 0) for request in requests), default=0)
         self._make_room(min(most, self.max_length))
 
+    def check(self, requests: Sequence[Continuation | Generation]) -> None:
+        """Refuses requests as answering them would, and counts those that are cut, without the model's parameters.
+
+        Raises:
+            UserError: as in the methods that answer.
+        """
+        self._pairs([request for request in requests if isinstance(request, Continuation)])
+        self._prompts([request for request in requests if isinstance(request, Generation)])
+
     def is_cut(self, request: Continuation | Generation) -> bool:
         """Returns whether a request is longer than the context and loses its beginning: one that `truncated` counts."""
         if isinstance(request, Generation):
@@ -117,9 +126,7 @@ class Scorer:
         Raises:
             UserError: a continuation without tokens, or longer than the context by itself.
         """
-        pairs = self._encoder.pairs(requests)
-        self._count_truncated(sum(len(a) + len(b) > self.max_length + 1 for a, b in pairs))
-        return self._scores(pairs, range(len(requests)), progress)
+        return self._scores(self._pairs(requests), range(len(requests)), progress)
 
     def loglikelihood_rolling(self, texts: Sequence[str], progress: Progress = lambda _: None) -> list[float]:
         """Returns how likely each text is as a whole, in nats: a long one in windows, each token scored once."""
@@ -151,6 +158,17 @@ class Scorer:
                 progress(1)
         return found
 
+    def _pairs(self, requests: Sequence[Continuation]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns (ids of the context, ids of the continuation) of each request."""
+        pairs = self._encoder.pairs(requests)
+        longest = max((len(continuation) for _, continuation in pairs), default=0)
+        require(
+            longest <= self.max_length,
+            f"A continuation of {longest} tokens is longer than the {self.max_length} tokens of the context.",
+        )
+        self._count_truncated(sum(len(a) + len(b) > self.max_length + 1 for a, b in pairs))
+        return pairs
+
     def _prompts(self, requests: Sequence[Generation]) -> list[Prompt]:
         """Returns the requests as prompts, of which those that are too long have lost their beginning."""
         contexts = self._encoder.encode([request.context for request in requests])
@@ -177,11 +195,6 @@ class Scorer:
     ) -> list[Score]:
         """Returns the score of each (context, continuation); owners: the request that each belongs to."""
         sizes = [len(continuation) for _, continuation in pairs]
-        longest = max(sizes, default=0)
-        require(
-            longest <= self.max_length,
-            f"A continuation of {longest} tokens is longer than the {self.max_length} tokens of the context.",
-        )
         texts, left = _texts(pairs, owners, self.max_length), collections.Counter(owners)
         log_probs, is_likeliest = np.zeros(sum(sizes)), np.zeros(sum(sizes), bool)
         self._make_room(max((len(text.ids) for text in texts), default=0))
@@ -353,7 +366,8 @@ def _look_up(variables, x_TCD, at_M, targets_M, *, config: ModelConfig):
     x_MD = x_TCD.reshape(-1, x_TCD.shape[-1])[at_M]
     logits_MV = Transformer(config).apply(variables, x_MD[:, None], method=Transformer.logits)[:, 0]
     target_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)[:, 0]
-    return target_M - jax.nn.logsumexp(logits_MV, axis=-1), jnp.argmax(logits_MV, axis=-1) == targets_M
+    log_prob_M, is_best_M = target_M - jax.nn.logsumexp(logits_MV, axis=-1), jnp.argmax(logits_MV, axis=-1) == targets_M
+    return constrain(log_prob_M, None), constrain(is_best_M, None)  # whole on every process
 
 
 def _finished(

@@ -28,6 +28,7 @@ class Pretrained:
     name: where it came from.
     config: its architecture; config.dtype is that of its matrix products.
     stop_ids: ids of the tokens that end what it writes.
+    adapters: what the model takes as its collection "lora", if it is not merged into the parameters.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Pretrained:
     tokenizer: Tokenizer | None
     stop_ids: tuple[int, ...]
     plan: sharding.Plan | None
+    adapters: dict | None = None
 
     @property
     def model(self) -> Transformer:
@@ -45,7 +47,7 @@ class Pretrained:
     @property
     def variables(self) -> dict:
         """What the module is applied to."""
-        return {"params": self.params}
+        return {"params": self.params} if self.adapters is None else {"params": self.params, "lora": self.adapters}
 
     def logits(self, tokens_BL: jax.Array) -> jax.Array:
         """Returns logits_BLV in float32."""

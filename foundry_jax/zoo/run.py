@@ -61,9 +61,7 @@ class RunSource(Source):
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The separator, which ends every document of the training text."""
-        tokenizer = self.tokenizer()
-        return () if tokenizer is None or tokenizer.separator_id is None else (tokenizer.separator_id,)
+        return stop_ids_of(self.tokenizer())
 
     def tokenizer(self) -> Tokenizer | None:
         path = self.path / "tokenizer.json"
@@ -124,6 +122,11 @@ def open_run(
     if meaningful(base.model) | {"context_length": 0} != meaningful(run.model) | {"context_length": 0}:
         base = Grafted(run, base)
     return Adapted(str(path), base, _adapters(run), settings.scale)
+
+
+def stop_ids_of(tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Returns what ends the text of a model that was trained here: the separator, which ended every document."""
+    return () if tokenizer is None or tokenizer.separator_id is None else (tokenizer.separator_id,)
 
 
 def _adapters(run: RunSource) -> dict:

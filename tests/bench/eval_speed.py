@@ -5,10 +5,12 @@
 SmolLM2-135M in float32: log-likelihoods of MMLU questions with five examples and of preference pairs, answers to GSM8K
 with five examples in batches of 8. Each side is a process of its own that has answered the longest requests before;
 they are asked the same parts of all requests in turn, so that whatever else the computer does slows both. What our
-programs take to compile is told apart. Needs the extras oracle and lm-eval, and accelerate. Exits 1 if an argmax or an
-answer differs, a log-likelihood by more than 1e-3 nats and 2e-5 a token (transformers in float32 is 2.3e-3 off itself
-in float64 on a completion of 257 tokens, we are 2.7e-4), if a bit depends on the batch size or the order, if a task
-compiles more than 6 programs, or if MMLU is less than 2 times as fast as lm-eval and GSM8K less than 1.2 times.
+programs take to compile is told apart. Needs the extra oracle. Exits 1 if an argmax or an answer differs, or a
+log-likelihood by more than 1e-3 nats, if a bit depends on the batch size or the order, if a task compiles more than 6
+programs, or if MMLU is less than 2 times as fast as lm-eval and GSM8K less than 1.2 times.
+
+Completions of pairs are compared with what lm-eval gives with softmax_dtype="float64", not timed: torch's log-softmax
+in float32 is off by 1e-5 a token, which on one of 257 tokens comes to 2.3e-3 against float64 throughout (we: 2.7e-4).
 """
 
 import argparse
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import time
 
-NATS, NATS_PER_TOKEN, MMLU_GOAL, GSM8K_GOAL, PROGRAMS_GOAL = 1e-3, 2e-5, 2.0, 1.2, 6
+NATS, MMLU_GOAL, GSM8K_GOAL, PROGRAMS_GOAL = 1e-3, 2.0, 1.2, 6
 BATCH_SIZE = 8
 WARM = 8  # requests
 PARTS = {"mmlu": 80, "preferences": 20, "gsm8k": 24}  # requests that a side is asked at a time
@@ -60,9 +62,19 @@ class Theirs:
         self.model, self.instance = HFLM(folder, dtype="float32", device="cpu", batch_size=BATCH_SIZE), Instance
 
     def score(self, pairs):
-        """Returns the log-probability of each pair, and None."""
+        """Returns the log-probability of each pair."""
         asked = self._asked("loglikelihood", pairs)
-        return [(log_prob, None) for log_prob, _ in self.model.loglikelihood(asked, disable_tqdm=True)]
+        return [log_prob for log_prob, _ in self.model.loglikelihood(asked, disable_tqdm=True)]
+
+    def score_exactly(self, pairs):
+        """Returns the same, with log-softmax in float64."""
+        import torch
+
+        self.model.softmax_dtype, before = torch.float64, self.model.softmax_dtype
+        try:
+            return self.score(pairs)
+        finally:
+            self.model.softmax_dtype = before
 
     def write(self, asked):
         """Returns the answers."""
@@ -93,11 +105,11 @@ class Ours:
         return Scorer(self.model, batch_size=batch_size)
 
     def score(self, pairs, scorer=None):
-        """Returns the log-probability of each pair and the number of its tokens."""
+        """Returns the log-probability of each pair."""
         from foundry_jax.tasks.requests import Continuation
 
         found = (scorer or self.scorer).loglikelihood([Continuation(*pair) for pair in pairs])
-        return [(score.log_prob, score.num_tokens) for score in found]
+        return [score.log_prob for score in found]
 
     def write(self, asked, scorer=None):
         """Returns the answers."""
@@ -135,7 +147,7 @@ def serve(side: str, folder: str) -> None:
     one = {"theirs": Theirs, "ours": Ours}[side](folder)
     for line in sys.stdin:
         name, asked = (question := json.loads(line))["name"], question["asked"]
-        ask = one.checks if name == "checks" else one.write if name == "gsm8k" else one.score
+        ask = getattr(one, {"checks": "checks", "exactly": "score_exactly", "gsm8k": "write"}.get(name, "score"))
         start = time.perf_counter()
         answers = ask(asked)
         print(json.dumps({"answers": answers, "seconds": time.perf_counter() - start}), file=replies, flush=True)
@@ -176,7 +188,7 @@ class Side:
 
 
 def measure(ours: Side, theirs: Side, requests: dict[str, list]) -> dict:
-    """Returns our checks; both sides keep their answers and times."""
+    """Returns our checks; both sides keep their answers and times, and theirs the exact answers about pairs."""
     for name, asked in requests.items():
         longest = sorted(asked, key=lambda request: len(request[0]))[-WARM:]
         for side in (ours, theirs):
@@ -187,6 +199,7 @@ def measure(ours: Side, theirs: Side, requests: dict[str, list]) -> dict:
                 side.ask_in_earnest(name, asked[start : start + PARTS[name]])
             seconds = f"{ours.seconds[name]:.1f} s against {theirs.seconds[name]:.1f} s"
             print(f"{name}: {min(start + PARTS[name], len(asked))} of {len(asked)}, {seconds}", flush=True)
+    theirs.answers["preferences"] = theirs.ask("exactly", requests["preferences"])
     return ours.ask("checks", requests)
 
 
@@ -194,14 +207,13 @@ def compare(ours: Side, theirs: Side, checks: dict) -> bool:
     """Prints the figures and returns whether they meet the goals."""
     met = checks["same_bits"] and checks["programs"] <= PROGRAMS_GOAL
     for name, size in (("mmlu", 4), ("preferences", 2)):
-        a, b = ([one[0] for one in side.answers[name]] for side in (theirs, ours))
+        a, b = theirs.answers[name], ours.answers[name]
         gaps = [abs(x - y) for x, y in zip(a, b, strict=True)]
-        beyond = sum(gap > NATS + NATS_PER_TOKEN * n for gap, (_, n) in zip(gaps, ours.answers[name], strict=True))
         groups = range(0, len(a), size)
         different = sum(a[i:][:size].index(max(a[i:][:size])) != b[i:][:size].index(max(b[i:][:size])) for i in groups)
         print(f"eval {name}: {len(a)} log-likelihoods differ by up to {max(gaps):.1e} nats", end=", ")
-        print(f"{sum(gap > NATS for gap in gaps)} by more than {NATS}, {different} of {len(groups)} argmaxes (goal 0)")
-        met &= beyond == 0 and different == 0
+        print(f"{different} of {len(groups)} argmaxes (goals {NATS}, 0)")
+        met &= max(gaps) <= NATS and different == 0
     a, b = theirs.answers["gsm8k"], ours.answers["gsm8k"]
     different = sum(x != y for x, y in zip(a, b, strict=True))
     print(f"eval gsm8k: {different} of {len(a)} answers differ (goal 0)")
