@@ -133,8 +133,8 @@ def write_items(folder: pathlib.Path, pair: dict) -> None:
     sums = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(6)]
     question = {"question": "Which?", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 2}
     problem = {
-        "task_id": "HumanEval/0", "prompt": "def one():\n", "entry_point": "one",
-        "canonical_solution": "    return 1\n", "test": "def check(candidate):\n    assert candidate() == 1\n",
+        "task_id": "HumanEval/0", "prompt": 'def one():\n    """1."""\n', "entry_point": "one",
+        "canonical_solution": "    return 1\n", "test": "def check(one):\n    assert one() == 1\n",
     }  # fmt: skip
     splits = {"gsm8k/test": sums, "gsm8k/train": sums, "mmlu/test": [question] * 3, "mmlu/dev": [question] * 5}
     for name, rows in {**splits, "humaneval": [problem], "preferences/pairs": [pair] * 3}.items():
@@ -218,7 +218,7 @@ def activate(words: list[str], _: pathlib.Path) -> None:
 # What a command line looks like -> what is done about it. Whatever no pattern matches in full fails the test.
 RULES = {
     r"python -m foundry_jax[\w.]* --help": python,
-    r"python -m foundry_jax\.main --config=\S+( --\S+)*": train,
+    r"python -m foundry_jax\.main --config=\S+( --\S.*)*": train,
     r"python -m foundry_jax\.cli\.plan --config=\S+( --\S+)*": plan,
     r"python -m foundry_jax\.zoo (list|convert|verify|export)( \S+)*": zoo,
     r"python -m foundry_jax\.eval --task=\S+( --\S+)*": evaluate,
@@ -226,7 +226,7 @@ RULES = {
     r"cp configs/\w+\.py configs/\w+\.py": execute,
     r"make( [a-z-]+)+": make,
     r"source \S+/bin/activate": activate,
-    r"python -m pip install -e \.(\[[\w,]+\])?": pip_install,
+    r"python -m pip install -e \.(\[[\w,-]+\])?": pip_install,
 }
 
 
@@ -352,7 +352,12 @@ def test_links_and_files_exist(page):
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
         assert (page.parent / link).exists(), f"{page.name} links to {link}"
     for span in code_spans(page):
-        if re.fullmatch(r"[\w/.]+\.py|[\w/]+/", span) and span not in ("checkpoints/", "quarantine/", "runs/"):
+        if re.fullmatch(r"[\w/.]+\.py|[\w/]+/", span) and span not in (
+            "checkpoints/",
+            "quarantine/",
+            "runs/",
+            "evals/step-N/",
+        ):
             assert (ROOT / span).exists() or (ROOT / "foundry_jax" / span).exists(), f"{page.name} names {span}"
 
 
