@@ -138,6 +138,7 @@ def test_text_that_cannot_be_used_is_refused(refused, tmp_path, text, part):
     assert part in line, line
 
 
+@pytest.mark.exhaustive
 def test_a_mistake_can_be_corrected_in_the_same_folder(refused, foundry, tmp_path):
     """What was refused has left no config behind that the next try would have to agree with."""
     refused(*SMALL_TEXT, ONE_DEVICE, "model.context_length=100000")

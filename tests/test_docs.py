@@ -240,8 +240,10 @@ def rule_for(command: str):
 
 
 def cost_of(block: Block):
-    """Returns the marks of a block: those that start JAX are slow."""
-    return [pytest.mark.slow] if block.language == "python" or "python " in block.text else []
+    """Returns the marks of a block: those that start JAX are slow, and those of the README run more often."""
+    if block.language != "python" and "python " not in block.text:
+        return []
+    return [pytest.mark.slow] if block.page.name == "README.md" else [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 def parameters(languages: set[str]):

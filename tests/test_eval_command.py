@@ -330,6 +330,7 @@ def test_without_an_answer_of_the_hub_the_command_says_so_within_5_seconds(model
     pytest.fail(f"it took {min(seconds):.1f} s")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_run_is_evaluated_at_the_step_and_with_the_weights_that_are_asked_for(monkeypatch, capsys, items, tmp_path):
     options = ("num_steps=10", "model.context_length=128", "checkpoint.keep_latest=3")

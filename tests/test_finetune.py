@@ -122,6 +122,7 @@ def test_dropout_is_for_training_and_differs_from_step_to_step():
     assert len({one, two, float(nats / count)}) == 3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "changes", often([{"remat": "full"}, {"scan_layers": True, "remat": "dots"}], [{"remat": "full"}])
 )
@@ -261,6 +262,7 @@ def test_adapters_are_trained_on_the_pretrained_model_with_its_tokenizer(finetun
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model.vocab_size"] == checkpoints.VOCAB
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_all_parameters_start_from_the_pretrained_ones(finetune, source, tmp_path):
     """With a rate of 0 they, their average and so every evaluation stay what they were."""
@@ -321,6 +323,7 @@ def test_a_run_on_pairs_starts_at_the_pretrained_model(finetune, tmp_path, share
     assert caplog.text.count("Computing the reference") == 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_mutated_architecture_starts_from_the_pretrained_model(finetune, caplog):
     caplog.set_level(logging.INFO)

@@ -276,7 +276,11 @@ def written(config, variables, prompts, *, max_tokens, rows=2, reader_rows=1, is
 
 
 @pytest.mark.parametrize(
-    "variant", ["gqa", "mla", "window", "window_and_full", "fixed", "alibi", "learned", "nope", "moe_softmax"]
+    "variant",
+    often(
+        ["gqa", "mla", "window", "window_and_full", "fixed", "alibi", "learned", "nope", "moe_softmax"],
+        {"mla", "window_and_full"},
+    ),
 )
 def test_rows_that_take_one_prompt_after_another_write_what_generate_writes(monkeypatch, variant):
     monkeypatch.setattr(generation, "CHUNK", 8)

@@ -141,6 +141,7 @@ def test_a_task_that_fails_says_why_and_ends_no_run(data, tmp_path, monkeypatch,
     assert task_rows(tmp_path / "run") == []
 
 
+@pytest.mark.exhaustive
 def test_adapters_are_asked_on_their_base(data, tmp_path):
     processes.finish(tmp_path / "base", [*processes.SMALL_TEXT, "num_steps=5", "model.context_length=128"])
     more = [f"init.source={tmp_path / 'base'}", "lora.rank=2", "optimizer.learning_rate=0.1"]
@@ -185,6 +186,7 @@ def test_requests_that_do_not_fit_are_refused_before_the_first_step(data, tmp_pa
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.exhaustive
 def test_eight_devices_come_to_the_same(done, tasks, tmp_path):
     folder, _ = done
     train.run(settings(tasks, "sharding.strategy=fsdp"), tmp_path / "eight", quiet=True)

@@ -275,6 +275,7 @@ def run_dpo(harmless, tmp_path):
     return run_dpo
 
 
+@pytest.mark.exhaustive
 def test_a_run_on_pairs_is_measured_on_text_and_goes_on_where_it_was_stopped(run_dpo, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     result = run_dpo("whole")

@@ -123,6 +123,7 @@ print("verdicts", json.dumps(verdicts))
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_verdicts_are_those_of_one_plain_interpreter(problems):
     """Honest programs fare as they do where program and test are simply run one after the other."""
@@ -522,7 +523,9 @@ def test_what_starts_sandboxes_and_what_runs_in_them_has_the_standard_library_al
 
 
 ENDLESS = """
+import signal
 from foundry_jax.tasks import sandbox
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored below a shell's background job
 programs = [sandbox.Program("def f(x):\\n    '''x'''\\n", "    while True: pass\\n", "def check(f): f(1)\\n", "f")] * 4
 sandbox.run_all(programs, timeout=600, workers=2)
 """

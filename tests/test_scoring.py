@@ -25,7 +25,7 @@ from foundry_jax.tasks.requests import Continuation, Generation
 from foundry_jax.tasks.scoring import Scorer, fitting_rows
 from foundry_jax.zoo.pretrained import Pretrained
 from tests import checkpoints
-from tests.variants import forward, params_of, tiny
+from tests.variants import forward, often, params_of, tiny
 
 CONTEXT = 700  # tokens; more than two blocks of a cache
 VARIANTS = ("gqa", "mla", "window", "window_and_full", "strided", "alibi", "learned", "moe_softmax")
@@ -324,7 +324,7 @@ def test_only_tokens_of_continuations_go_through_the_output_map():
     assert {math.prod(shape) for shape in shapes} == {scoring.LOOKUPS, config.model_dim}
 
 
-@pytest.mark.parametrize("devices", [None, 1, 8])
+@pytest.mark.parametrize("devices", often([None, 1, 8], [1]))
 def test_a_task_compiles_six_programs(devices):
     """Of any kind, little ones too: empty caches, reading, looking up; putting a prompt in its row, writing."""
     asked = model(mlp_dim=24)
@@ -363,7 +363,9 @@ def prompts() -> list[str]:
     return [text(size, seed=size) for size in (3, 200, 70, 1, 66, 150, 131, 20, 64, 65, 129)]
 
 
-@pytest.mark.parametrize("variant", ["gqa", "mla", "window", "window_and_full", "moe_softmax"])
+@pytest.mark.parametrize(
+    "variant", often(["gqa", "mla", "window", "window_and_full", "moe_softmax"], ["window_and_full"])
+)
 def test_more_prompts_than_rows_are_continued_as_each_is_alone(variant):
     scorer = Scorer(model(variant), batch_size=3)
     found = scorer.generate_until([Generation(prompt, (), 4 + i) for i, prompt in enumerate(prompts())])
@@ -473,7 +475,7 @@ def test_a_context_that_is_too_long_leaves_room_for_the_answer():
 # ------------------------------------------------------------------------------------------------ devices
 
 
-@pytest.mark.parametrize(("strategy", "tensor"), [("fsdp", 2), ("ddp", 1)])
+@pytest.mark.parametrize(("strategy", "tensor"), [("fsdp", 2), pytest.param("ddp", 1, marks=pytest.mark.exhaustive)])
 def test_eight_devices_answer_as_one_does(strategy, tensor):
     one = model("gqa", model_dim=24, mlp_dim=32)
     many = placed(one, strategy, 8, tensor)

@@ -17,7 +17,7 @@ from foundry_jax.model.layers import constrain
 from foundry_jax.optimizer import abstract_hyperparameters, hyperparameters
 from foundry_jax.sharding import plan
 from foundry_jax.train_step import Program, init_state
-from tests.variants import VARIANTS, tiny
+from tests.variants import VARIANTS, often, tiny
 
 AUTO = load("configs/tiny.py").sharding
 # every axis that fsdp may cut is a multiple of 8
@@ -124,10 +124,7 @@ def losses_of(config, decision, num_steps):
     return np.array(losses), state
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [v if v in ("gqa", "mla_q_lora") else pytest.param(v, marks=pytest.mark.exhaustive) for v in VARIANTS],
-)
+@pytest.mark.parametrize("variant", often(VARIANTS, ["gqa"]))
 def test_eight_devices_follow_the_loss_of_one(variant):
     config = load("configs/tiny.py:warmup=2,lr=3e-3")
     config = dataclasses.replace(config, model=sized(variant), num_steps=20)
@@ -178,7 +175,7 @@ def test_the_forecast_names_the_strategies_that_fit():
     assert forecast.strategies_that_fit(config, 8, 1000) == {}
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", often(["none", "dots", "full"], ["full"]))
 def test_the_activation_estimate_is_within_a_factor_of_two_of_xlas(remat):
     # Recomputation is checked with scanned layers: unrolled, XLA:CPU recomputes every layer before it needs the first.
     base = load("configs/baseline.py")

@@ -259,6 +259,7 @@ def test_logits_in_chunks_change_no_step_and_no_evaluation(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), one.opt_state[1].mu, two.opt_state[1].mu)
 
 
+@pytest.mark.exhaustive
 def test_logits_in_chunks_are_the_same_on_eight_devices(monkeypatch):
     sizes = {"vocab_size": 40, "model_dim": 32, "num_heads": 8, "mlp_dim": 48, "num_layers": 1}
     config = config_of("warmup=0,label_smoothing=0.1,z_loss=1e-3", **sizes, tie_embeddings=False)
@@ -322,6 +323,7 @@ def test_seeds_give_different_weights_and_the_same_seed_the_same():
     assert (one["embed"]["embedding"] != two["embed"]["embedding"]).all()
 
 
+@pytest.mark.exhaustive
 def test_scanned_layers_start_from_the_same_weights_and_compute_the_same_step():
     """Switching scan_layers is a choice of compilation, not of experiment."""
     (step, state, hyper), (scan_step, scan_state, _) = begin(config_of()), begin(config_of(scan_layers=True))

@@ -91,6 +91,7 @@ def test_a_run_of_adapters_is_its_base_with_them_merged(base, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_adapters_on_a_mutated_base_find_it_again(base, tmp_path):
     run = finetune(tmp_path / "run", base, "model.num_kv_heads=1", "model.num_layers=4")
     model = zoo.load_pretrained(run)

@@ -37,8 +37,15 @@ SIZES = {
 
 
 def often(values, common):
-    """Returns test parameters of which those in `common` run in `make test`, and all in `make test-all`."""
-    return [pytest.param(value, marks=[] if value in common else [pytest.mark.exhaustive]) for value in values]
+    """Returns test parameters, single values or tuples, of which those in `common` run in `make test`, and all in
+    `make test-all`."""
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=[] if value in common else [pytest.mark.exhaustive],
+        )
+        for value in values
+    ]
 
 
 # By axis of the design space: every way to leave the base model (gqa) along it. Two axes can be left at once.
