@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(PYTEST) -n 2 -m "not exhaustive and not oracle and not gpu"
+	$(PYTEST) -n 2 --dist loadfile -m "not exhaustive and not oracle and not gpu"
 
 quick: $(INSTALLED)-test
 	$(PYTEST) -n 2 -m "not exhaustive and not oracle and not gpu and not slow"

@@ -1,7 +1,6 @@
 """Two processes of two devices train, and answer tasks, as one process of four does."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -34,10 +33,7 @@ def start(rank, count, devices, port, folder, strategy):
     tasks = f"constitution(every=6, data='{data}/pairs.jsonl'), gsm8k(shots=0, data='{data}/sums.jsonl')"
     overrides = [*SMALL_TEXT, f"sharding.strategy={strategy}", f"eval.tasks={tasks}", *SIZES]
     arguments = [sys.executable, "-c", SCRIPT, *map(str, (rank, count, devices, port, folder, *overrides))]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def free_port():

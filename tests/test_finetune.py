@@ -291,7 +291,9 @@ def stopped_at(steps, monkeypatch, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("argument", ["lora_rank=4,lora_dropout=0.2", "lora_rank=0"])
+@pytest.mark.parametrize(
+    "argument", often(["lora_rank=4,lora_dropout=0.2", "lora_rank=0"], ["lora_rank=4,lora_dropout=0.2"])
+)
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(finetune, argument, tmp_path, monkeypatch):
     finetune("whole", argument)
     stopped_at([3, 6], monkeypatch, lambda: finetune("stopped", argument))

@@ -195,6 +195,7 @@ def gradient_of(config):
     return jax.jit(jax.value_and_grad(loss))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("variant", often(["window_and_full", "mla", MOE], {"mla"}))
 def test_scanned_or_recomputed_layers_give_the_same_gradients_to_adapters(variant):
     config = tiny(variant, num_layers=5)

@@ -29,6 +29,7 @@ from tests.variants import forward, often, params_of, tiny
 
 CONTEXT = 700  # tokens; more than two blocks of a cache
 VARIANTS = ("gqa", "mla", "window", "window_and_full", "strided", "alibi", "learned", "moe_softmax")
+COMMON = ("gqa", "mla", "window_and_full", "moe_softmax")
 ATOL = 1e-4  # nats, of up to 300 tokens of 5 nats each; one position that is off by one moves it by more than 1
 
 COMPILED = []  # an entry for each program
@@ -200,7 +201,7 @@ def test_long_texts_are_scored_in_windows_each_token_once():
 # ------------------------------------------------------------------------------------------------ numbers
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", often(VARIANTS, COMMON))
 def test_scores_are_those_of_a_full_forward_pass(variant):
     scorer, requests = Scorer(model(variant)), mixed()
     for request, score in zip(requests, scorer.loglikelihood(requests), strict=True):
@@ -225,7 +226,7 @@ def exact(scores) -> list[tuple]:
     return [(score.log_prob.hex(), score.is_greedy, score.num_tokens) for score in scores]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", often(VARIANTS, COMMON))
 def test_every_bit_of_a_score_is_the_requests_own(variant):
     requests = mixed()
     expected = exact(Scorer(model(variant), batch_size=1).loglikelihood(requests))

@@ -118,6 +118,7 @@ def test_adapters_alone_are_read_on_their_base(base, tmp_path):
         np.testing.assert_allclose(model.logits(TOKENS), expected, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_adapters_whose_base_has_changed_are_refused(tmp_path):
     base = checkpoints.write(tmp_path / "base")
     run = finetune(tmp_path / "run", base)
