@@ -311,16 +311,21 @@ def test_a_way_of_writing_that_there_is_not_is_refused(adapter, make_task, score
 
 
 WITHOUT_TORCH = """
-import importlib.machinery, sys
+import sys
 
 
-class Without(importlib.machinery.PathFinder):
-    @classmethod
-    def find_spec(cls, name, *rest):
-        return None if name.partition(".")[0] in ("torch", "transformers") else super().find_spec(name, *rest)
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *rest):
+        return None if name.partition(".")[0] in ("torch", "transformers") else self.finder.find_spec(name, *rest)
 
 
-sys.meta_path[-1] = Without
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 try:
     import torch
 except ImportError:
