@@ -130,12 +130,12 @@ def compile_train_step(program: Program, plan: Plan, batch_shape: tuple[int, ...
 
 @functools.lru_cache(maxsize=8)
 def compile_eval_step(program: Program, plan: Plan, batch_shape: tuple[int, ...]):
-    """Returns the compiled (parameters, batch, hyperparameters, base) -> (sum of nats, number of targets).
+    """Returns the compiled (parameters, batch, hyperparameters, base) -> (nats, targets) of each sequence.
 
-    Call it within plan.context().
+    They are whole on every device. Call it within plan.context().
     """
     inputs = abstract_inputs(program, plan, batch_shape)
-    step = jax.jit(functools.partial(eval_step, program))
+    step = jax.jit(functools.partial(eval_step, program), out_shardings=_everywhere(plan))
     return step.lower(inputs.state.params, inputs.batch, inputs.hyper, inputs.base).compile(_options())
 
 
@@ -147,8 +147,7 @@ def compile_reference_step(program: Program, plan: Plan, batch_shape: tuple[int,
     """
     inputs = abstract_inputs(program, plan, batch_shape)
     batch = {name: x for name, x in inputs.batch.items() if name != "reference"}  # this is what makes it
-    everywhere = plan.shardings(jax.ShapeDtypeStruct((), np.float32))
-    step = jax.jit(functools.partial(reference_step, program), out_shardings=everywhere)
+    step = jax.jit(functools.partial(reference_step, program), out_shardings=_everywhere(plan))
     return step.lower(inputs.state.params, batch, inputs.hyper, inputs.base).compile(_options())
 
 
@@ -170,6 +169,11 @@ def _laid_out(boxed, plan: Plan):
     """Returns the shapes of a boxed tree with the places that the plan gives them."""
     place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
     return jax.tree.map(place, unbox(boxed), plan.shardings(boxed))
+
+
+def _everywhere(plan: Plan):
+    """Returns the layout of what is whole on every device."""
+    return plan.shardings(jax.ShapeDtypeStruct((), np.float32))
 
 
 def _shardings(abstract):

@@ -8,6 +8,7 @@
     runs/x/tokenizer.json      what the run's tokens mean
     runs/x/heartbeat.json      {"step": 120, "time": 1763800000.0}
     runs/x/data_windows.json   [[500, 37]]: from step 500 on, batches are read 37 further along
+    runs/x/validation_blocks.json  {"nats": [..], "targets": [..], "bytes": 81920}: each validation sequence, in the end
     runs/x/result.json         written once, at the end
 
 Imports no JAX, so that tools which only look at runs start quickly.
@@ -24,7 +25,7 @@ import pathlib
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from foundry_jax.errors import UserError
@@ -99,6 +100,12 @@ class RunFolder:
         """Stores the run's result, replacing an earlier one."""
         self._write(self.path / "result.json", values)
 
+    def write_validation_blocks(self, nats: Sequence[float], targets: Sequence[float], num_bytes: int | None) -> None:
+        """Stores what each validation sequence cost in the end: nats and number of targets; and the text's bytes."""
+        self._write(
+            self.path / "validation_blocks.json", {"nats": list(nats), "targets": list(targets), "bytes": num_bytes}
+        )
+
     def require_same_source(self, name: str, fingerprint: str) -> None:
         """Notes what the parameters that are not trained were read from, so that a resumed run reads the same.
 
@@ -170,6 +177,11 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any] | None:
 def read_result(folder: str | os.PathLike) -> dict[str, Any] | None:
     """Returns the result of a run, or None if it has not finished."""
     return _read_json(pathlib.Path(folder) / "result.json", decode=True)
+
+
+def read_validation_blocks(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """Returns {"nats", "targets", "bytes"}: two numbers of each validation sequence; None if the run has none yet."""
+    return _read_json(pathlib.Path(folder) / "validation_blocks.json")
 
 
 def read_heartbeat(folder: str | os.PathLike) -> dict[str, Any] | None:

@@ -495,19 +495,36 @@ class Trainer:
             eval_fn = compilation.compile_eval_step(self.program, self.plan, self.eval_shape)
         row = {}
         for prefix, params in (("", state.params), ("ema_", state.ema_params)):
-            nats, count = 0.0, 0.0
-            for batch in self.batches.validation:
-                with self.clock.measure("eval"):
-                    sums = eval_fn(params, self.place(batch, self.eval_shape), self.hyper, self.base)
-                    nats, count = nats + float(sums[0]), count + float(sums[1])
-                self.stop_if_asked(state, step)
-            row |= {prefix + name: x for name, x in validation_metrics(nats, count, self.corpus).items()}
+            nats, targets = self.measure_validation(eval_fn, params, state, step)
+            metrics = validation_metrics(math.fsum(nats), math.fsum(targets), self.corpus)
+            row |= {prefix + name: x for name, x in metrics.items()}
+            if not prefix and step == self.config.num_steps:
+                self.folder.write_validation_blocks(nats, targets, self.corpus.validation_bytes)
         self.writer.write(step, "eval", row)
         self.evals[step] = row
         bits = f", {row['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in row else ""
         self.progress.line(
             f"step {step} validation loss {row['loss']:.4f}{bits}; of averaged weights {row['ema_loss']:.4f}"
         )
+
+    def measure_validation(
+        self, eval_fn, params: dict, state: TrainState, step: int
+    ) -> tuple[list[float], list[float]]:
+        """Returns the nats and the numbers of targets of all validation sequences, in order.
+
+        Raises:
+            Preempted: as in evaluate_if_due.
+        """
+        nats, targets = [], []
+        for batch in self.batches.validation:
+            with self.clock.measure("eval"):
+                found = eval_fn(params, self.place(batch, self.eval_shape), self.hyper, self.base)
+                nats_B, targets_B = jax.device_get(found)
+            kept = targets_B > 0  # the last batch is filled up
+            nats += nats_B[kept].tolist()
+            targets += targets_B[kept].tolist()
+            self.stop_if_asked(state, step)
+        return nats, targets
 
     def ask_tasks_if_due(self, state: TrainState, step: int) -> None:
         """Evaluates the tasks that are due, unless their rows are there already.

@@ -160,9 +160,12 @@ def train_step(program: Program, state: TrainState, batch: dict, hyper: Hyperpar
 
 
 def eval_step(program: Program, params: dict, batch: dict, hyper: Hyperparameters, base: dict):
-    """Returns (sum of -log p(target) in nats, number of targets) of a batch, whatever the training loss."""
+    """Returns (sums of -log p(target) in nats, numbers of targets) of the sequences of a batch, [B] each.
+
+    Whatever the training loss is.
+    """
     statistics, _ = _statistics(program, _variables(program, params, hyper, base), batch)
-    return jnp.sum(statistics.nll * batch["weights"]), jnp.sum(batch["weights"])
+    return jnp.sum(statistics.nll * batch["weights"], axis=-1), jnp.sum(batch["weights"], axis=-1)
 
 
 def reference_step(program: Program, params: dict, batch: dict, hyper: Hyperparameters, base: dict):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import math
 
 import pytest
 
@@ -10,7 +11,7 @@ from foundry_jax import config, train
 from foundry_jax.errors import Preempted, UserError
 from foundry_jax.metrics import read_metrics
 from foundry_jax.preemption import Preemption
-from foundry_jax.runfolder import read_result
+from foundry_jax.runfolder import read_result, read_validation_blocks
 from foundry_jax.tasks import TASKS, in_loop, results, run
 from foundry_jax.tasks.requests import Generation
 from foundry_jax.tasks.scoring import Scorer
@@ -78,6 +79,11 @@ def test_tasks_are_asked_every_so_many_steps_and_at_the_end(done):
     assert result["tasks"].keys() == {"constitution", "constitution_ema", "mmlu"}
     assert result["tasks"]["mmlu"]["metrics"]["accuracy"]["value"] == last["mmlu/accuracy"]
     assert read_result(folder)["tasks"] == result["tasks"]
+    blocks = read_validation_blocks(folder)
+    assert len(blocks["nats"]) == len(blocks["targets"]) > 1
+    assert sum(blocks["nats"]) / sum(blocks["targets"]) == pytest.approx(result["validation"]["loss"], rel=1e-12)
+    bits = sum(blocks["nats"]) / math.log(2) / blocks["bytes"]
+    assert bits == pytest.approx(result["validation"]["bits_per_byte"], rel=1e-12)
 
 
 def test_what_is_kept_is_what_the_command_finds_in_the_checkpoint(done, data):
