@@ -124,4 +124,4 @@ def get_config(arg: str = "") -> ConfigDict:
     c.guard = ConfigDict()
     c.guard.max_skips = 5  # non-finite steps in a row that are skipped before rolling back to a checkpoint
     c.guard.max_rollbacks = 3  # roll-backs before the run fails
-    return mutate.apply(c, arg)
+    return mutate.apply(c, arg, lineage=__file__)

@@ -54,4 +54,4 @@ def get_config(arg: str = "") -> ConfigDict:
     c.checkpoint.every = 100
     c.eval.every = 100
     c.eval.batch_size = 8
-    return mutate.apply(c, mutations)
+    return mutate.apply(c, mutations, lineage=__file__)

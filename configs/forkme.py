@@ -30,4 +30,4 @@ def get_config(arg: str = "") -> ConfigDict:
     c.num_steps = 200
     c.optimizer.learning_rate = 1e-3
     c.optimizer.min_learning_rate = 1e-4
-    return mutate.apply(c, arg)  # keep this line: it makes ":mla,lr=3e-4" work
+    return mutate.apply(c, arg, lineage=__file__)  # keep this line: it makes ":mla,lr=3e-4" work

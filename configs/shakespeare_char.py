@@ -21,7 +21,7 @@ def get_config(arg: str = "cpu") -> ConfigDict:
     """Returns the preset that comes first in `arg` ("cpu" or "gpu"), with the mutations after it applied."""
     preset, _, mutations = (arg or "cpu").partition(",")
     c = lookup({"cpu": _cpu, "gpu": _gpu}, preset, "preset of configs/shakespeare_char.py")()
-    return mutate.apply(c, mutations)
+    return mutate.apply(c, mutations, lineage=__file__)
 
 
 def _common() -> ConfigDict:

@@ -24,4 +24,4 @@ def get_config(arg: str = "") -> ConfigDict:
     c.eval.batch_size = 64
     c.checkpoint.every = 5
     c.log.every = 1
-    return mutate.apply(c, arg)
+    return mutate.apply(c, arg, lineage=__file__)

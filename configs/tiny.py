@@ -34,4 +34,4 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.warmup_steps = 30
     c.checkpoint.every = 100
     c.eval.every = 100
-    return mutate.apply(c, arg)
+    return mutate.apply(c, arg, lineage=__file__)

@@ -30,7 +30,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from foundry_jax.errors import UserError
+from foundry_jax.errors import MachineError, UserError
 from foundry_jax.registry import lookup
 from foundry_jax.runfolder import fsync, write_json_atomic
 
@@ -124,7 +124,7 @@ class Checkpointer:
             metadata: what JSON can hold; comes back from restore().
 
         Raises:
-            UserError: three saves in a row have failed.
+            MachineError: three saves in a row have failed.
         """
         self._settle()
         newest = self._agree(lambda: max(self.steps(), default=_NONE))
@@ -146,11 +146,11 @@ class Checkpointer:
         """Returns when the last save is committed and sealed.
 
         Raises:
-            UserError: it failed, so that the newest state is not on disk.
+            MachineError: it failed, so that the newest state is not on disk.
         """
         self._settle()
         if self._failed:
-            raise UserError(
+            raise MachineError(
                 f"{self._failed[-1]} The newest checkpoint in {self.directory} is {self.latest_step()}; "
                 f"make room there and run the same command again."
             )
@@ -174,13 +174,14 @@ class Checkpointer:
             before: look only at steps smaller than this one.
 
         Raises:
-            UserError: the checkpoint is of another model, or all there are are damaged.
+            UserError: the checkpoint is of another model.
+            MachineError: all there are are damaged.
         """
         self._settle()
         step = self._agree(lambda: self._newest_whole(before))
         self._orbax.reload()
         if step == _ALL_DAMAGED:
-            raise UserError(self._all_damaged())
+            raise MachineError(self._all_damaged())
         return None if step == _NONE else _read(self._path(step), abstract_state)
 
     def discard_newer(self, step: int) -> None:
@@ -227,7 +228,7 @@ class Checkpointer:
         self._failed.append(f"Checkpoint {step} could not be saved: {_one_line(error)}.")
         self._reopen()
         if len(self._failed) == MAX_FAILED_SAVES:
-            raise UserError(
+            raise MachineError(
                 f"{self._failed[-1]} That is {MAX_FAILED_SAVES} failed saves in a row; the newest checkpoint "
                 f"in {self.directory} is {self.latest_step()}. Make room there and run the same command again."
             ) from error

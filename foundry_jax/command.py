@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from foundry_jax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted, UserError
+from foundry_jax.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,6 +54,9 @@ def run(command: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        sys.exit(EXIT_BROKEN_PIPE)
     except KeyboardInterrupt:  # a second Ctrl-C, or one before there is anything to save
         print("interrupted: nothing was saved since the last checkpoint", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

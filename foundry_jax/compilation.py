@@ -129,6 +129,18 @@ def compile_train_step(program: Program, plan: Plan, batch_shape: tuple[int, ...
 
 
 @functools.lru_cache(maxsize=8)
+def compile_population_step(program: Program, plan: Plan, batch_shape: tuple[int, ...], size: int):
+    """Returns the compiled step of so many runs at once: all that compile_train_step's takes, with an axis of runs
+    before the others. The plan must be one of one device."""
+    assert plan.num_devices == 1, plan
+    inputs = abstract_inputs(program, plan, batch_shape)
+    one = (inputs.state, inputs.batch, inputs.hyper, inputs.base)
+    many = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), one)
+    step = jax.jit(jax.vmap(functools.partial(train_step, program)), donate_argnums=0)
+    return step.lower(*many).compile(_options())
+
+
+@functools.lru_cache(maxsize=8)
 def compile_eval_step(program: Program, plan: Plan, batch_shape: tuple[int, ...]):
     """Returns the compiled (parameters, batch, hyperparameters, base) -> (nats, targets) of each sequence.
 

@@ -329,6 +329,22 @@ def to_flat_dict(config: Config) -> dict[str, Any]:
     return flat
 
 
+def from_flat_dict(flat: Mapping[str, Any]) -> Config:
+    """Returns the Config of {dotted key: value}.
+
+    Raises:
+        UserError: as in load.
+    """
+    values: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        section, _, key = dotted.rpartition(".")
+        if section:
+            values.setdefault(section, {})[key] = value
+        else:
+            values[key] = value
+    return build(Config, values)
+
+
 def _require_key(node: ConfigDict, name: str, prefix: str) -> None:
     if name not in node:
         raise UserError(unknown(f"{prefix}{name}", [f"{prefix}{key}" for key in node.keys()], "config key"))

@@ -3,7 +3,7 @@
     {"step": 10, "kind": "train", "loss": 3.211234, "learning_rate": 0.0006}
 
 One JSON object a line, appended and flushed; a number that is not finite is written as "NaN",
-"Infinity" or "-Infinity", which standard JSON lacks. read_metrics gives floats back, bit for bit.
+"Infinity" or "-Infinity", which standard JSON lacks. runfolder.read_metrics gives floats back, bit for bit.
 """
 
 import collections
@@ -31,7 +31,7 @@ import rich.progress
 
 from foundry_jax.errors import UserError
 from foundry_jax.registry import lookup
-from foundry_jax.runfolder import decode_json, encode_json
+from foundry_jax.runfolder import encode_json, metric_rows
 
 log = logging.getLogger(__name__)
 
@@ -225,37 +225,11 @@ class _Guarded:
         log.warning("Tracker %s is off for the rest of this run: %s", self._name, reason)
 
 
-def read_metrics(path: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:
-    """Returns the rows, oldest first, of one kind or all; a torn last line is skipped.
-
-    Raises:
-        UserError: no such file, or a line before the last is not JSON.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"No metrics at {path}; name a run folder's metrics.jsonl.")
-    rows = [row for _, row in _rows(path)]
-    return [row for row in rows if kind in (None, row["kind"])]
-
-
-def _rows(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Returns [(line with its newline, row)] of all whole lines."""
-    *lines, _torn = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is not JSON; delete that line.") from error
-        rows.append((line + b"\n", {"kind": row.pop("kind"), **decode_json(row)}))
-    return rows
-
-
 def _drop_after(path: pathlib.Path, step: int) -> None:
     """Rewrites the file, atomically, without rows after that step and without a torn last line."""
     if not path.exists():
         return
-    kept = b"".join(line for line, row in _rows(path) if row["step"] <= step)
+    kept = b"".join(line for line, row in metric_rows(path) if row["step"] <= step)
     if len(kept) == path.stat().st_size:
         return
     temporary = path.with_name(f".{path.name}.tmp")

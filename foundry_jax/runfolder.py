@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from foundry_jax.errors import UserError
+from foundry_jax.errors import MachineError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +189,32 @@ def read_heartbeat(folder: str | os.PathLike) -> dict[str, Any] | None:
     return _read_json(pathlib.Path(folder) / "heartbeat.json")
 
 
+def read_metrics(path: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:
+    """Returns the rows, oldest first, of one kind or all; a torn last line is skipped.
+
+    Raises:
+        UserError: no such file, or a line before the last is not JSON.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"No metrics at {path}; name a run folder's metrics.jsonl.")
+    rows = [row for _, row in metric_rows(path)]
+    return [row for row in rows if kind in (None, row["kind"])]
+
+
+def metric_rows(path: str | os.PathLike) -> list[tuple[bytes, dict[str, Any]]]:
+    """Returns [(line with its newline, row)] of all whole lines."""
+    *lines, _torn = pathlib.Path(path).read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON; delete that line.") from error
+        rows.append((line + b"\n", {"kind": row.pop("kind"), **decode_json(row)}))
+    return rows
+
+
 def write_json_atomic(path: str | os.PathLike, value: Any, *, durable: bool = True) -> None:
     """Replaces a file by value as JSON: readers and crashes see the old file or the new one, whole.
 
@@ -278,7 +304,7 @@ def _flock(lock: int, folder: pathlib.Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.pread(lock, 300, 0).decode(errors="replace") or "unknown"
-        raise UserError(
+        raise MachineError(
             f"{folder} is in use by process {holder}; wait for it, stop it, or use another --workdir."
         ) from error
     except OSError as error:
@@ -295,7 +321,7 @@ def _explained(folder: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         cure = "free space or raise the quota" if full else "choose a --workdir you can write to"
-        raise UserError(f"Cannot write to {folder}: {error.strerror}; {cure}.") from error
+        raise MachineError(f"Cannot write to {folder}: {error.strerror}; {cure}.") from error
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:

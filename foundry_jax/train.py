@@ -21,12 +21,12 @@ from foundry_jax.data import preferences
 from foundry_jax.data.hashing import sha256_json
 from foundry_jax.data.tokenize import Tokenizer
 from foundry_jax.errors import Preempted, UserError
-from foundry_jax.metrics import TRACKERS, MetricsWriter, Progress, device_peak_flops, read_metrics
+from foundry_jax.metrics import TRACKERS, MetricsWriter, Progress, device_peak_flops
 from foundry_jax.model import lora, transformer
 from foundry_jax.optimizer import hyperparameters
 from foundry_jax.preemption import Preemption
 from foundry_jax.registry import lookup
-from foundry_jax.runfolder import RunFolder, read_result
+from foundry_jax.runfolder import RunFolder, read_metrics, read_result
 from foundry_jax.schema import require
 from foundry_jax.train_step import Program, TrainState
 
@@ -41,19 +41,41 @@ log = logging.getLogger(__name__)
 OPERATIONAL = ("name", "sharding", "checkpoint", "log", "data.cache_dir", "eval.tasks")
 
 
-def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str, Any]:
+def run(config: Config, workdir: str | Path, *, quiet: bool = False, until: int | None = None) -> dict[str, Any]:
     """Trains one configuration, or goes on where workdir says it stopped, and returns its result.
+
+    Args:
+        until: stop after so many steps with an evaluation and a checkpoint, and return {"status": "paused", "step": n};
+            a later call goes on from there.
 
     Raises:
         UserError: the config does not fit together, or not the data, the devices or what workdir holds.
+        DivergedError: its steps do not stay finite.
+        MachineError: a full disk, or a folder that is in use; the run may be fine.
         Preempted: SIGTERM or Ctrl-C came; a checkpoint was saved.
+    """
+    with Preemption() as preemption, opened(config, workdir, preemption, quiet=quiet) as trainer:
+        if trainer is not None:
+            return trainer.train(until)
+    log.info("%s is finished; delete it or use another --workdir to train again.", workdir)
+    return read_result(workdir)
+
+
+@contextlib.contextmanager
+def opened(
+    config: Config, workdir: str | Path, preemption: Preemption, *, quiet: bool = False
+) -> "Iterator[Trainer | None]":
+    """Gives the trainer of a run, which holds its folder until the end of the block; None if the run is finished.
+
+    Raises:
+        UserError: as in run.
     """
     transformer.check(config.model)
     Program.of(config)
     require_known_trackers(config)
     if config.lora.rank:
         lora.target_paths(config.model, config.lora.targets)
-    with Preemption() as preemption, RunFolder(workdir, primary=jax.process_index() == 0) as folder:
+    with RunFolder(workdir, primary=jax.process_index() == 0) as folder:
         source, tasks = open_source(config), tasks_of(config)
         corpus = data.prepare(config.data, tokenizer_of(config, source))
         config = with_vocabulary(config, vocab_size_of(config, corpus, source))
@@ -62,9 +84,9 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
         require_even_batches(config, plan)
         batches = batches_of(config, corpus)  # too little data must be found before a config is written that stays
         folder.write_config(to_flat_dict(config), OPERATIONAL)
-        if (result := read_result(folder.path)) is not None:
-            log.info("%s is finished; delete it or use another --workdir to train again.", folder.path)
-            return result
+        if read_result(folder.path) is not None:
+            yield None
+            return
         if source and config.lora.rank:
             folder.require_same_source(source.name, source.fingerprint)
         if corpus.tokenizer:
@@ -79,10 +101,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
             plan.context(),
             Checkpointer(folder.checkpoints, keep_latest=keep.keep_latest, keep_best=keep.keep_best) as checkpointer,
         ):
-            trainer = Trainer(
-                config, source, corpus, batches, tasks, plan, folder, checkpointer, preemption, quiet=quiet
-            )
-            return trainer.train()
+            yield Trainer(config, source, corpus, batches, tasks, plan, folder, checkpointer, preemption, quiet=quiet)
 
 
 def tasks_of(config: Config) -> "list[Scheduled]":
@@ -242,6 +261,10 @@ class Clock:
             self.seconds[name] += time.perf_counter() - start
 
 
+class DivergedError(UserError):
+    """The run does not stay finite, whatever data it is given."""
+
+
 class TooManySkipsError(Exception):
     """guard.max_skips steps in a row were not finite; carries the last of them."""
 
@@ -273,19 +296,40 @@ class Trainer:
         self.quiet = quiet or jax.process_index() > 0
         self.clock = Clock()
         self.skips = 0  # non-finite steps in a row, up to the last one noted
+        self.last = config.num_steps  # the step to stop after
         self.program = Program.of(config)
         self.hyper = hyperparameters(config)
         self.batch_shape = config.batch_shape
         self.eval_shape = (config.eval.batch_size, config.model.context_length)
 
-    def train(self) -> dict[str, Any]:
-        """Trains from the newest checkpoint to the last step and returns the run's result."""
+    def train(self, until: int | None = None) -> dict[str, Any]:
+        """Trains from the newest checkpoint to the last step, or to `until`, and returns what finish does."""
+        state, step = self.begin(until)
+        with self.reporting(step):
+            with self.clock.measure("compile"):
+                step_fn = compilation.compile_train_step(self.program, self.plan, self.batch_shape)
+            self.catch_up(state, step)
+            while step < self.last:
+                try:
+                    state, step = self.loop(step_fn, state, step)
+                except TooManySkipsError as trouble:
+                    state, step = self.roll_back(trouble)
+            return self.finish(step)
+
+    def begin(self, until: int | None = None) -> tuple[TrainState, int]:
+        """Returns the state to go on with, and its step; from then on the run's last step is known."""
+        assert until is None or until > 0, until
+        self.last = self.config.num_steps if until is None else min(until, self.config.num_steps)
         for task in self.tasks:
             task.check(self.scorer({}))
         self.base = self.init_base()
         if self.program.learns_from_pairs:
             self.add_reference()
-        state, step = self.restore_or_init()
+        return self.restore_or_init()
+
+    @contextlib.contextmanager
+    def reporting(self, step: int) -> Iterator[None]:
+        """Keeps metrics and progress open, of a run that goes on from `step`."""
         self.writer = MetricsWriter(
             self.folder.metrics, resume_step=step, trackers=self.config.log.trackers, primary=jax.process_index() == 0
         )
@@ -293,21 +337,27 @@ class Trainer:
         self.progress = Progress(self.config.num_steps, step=step, quiet=self.quiet)
         with self.writer, self.progress:
             self.writer.config(to_flat_dict(self.config))
-            with self.clock.measure("compile"):
-                step_fn = compilation.compile_train_step(self.program, self.plan, self.batch_shape)
-            if step > 0:
-                self.evaluate_if_due(state, step)  # it may have been stopped between a step and its evaluation
-                self.ask_tasks_if_due(state, step)
-            while step < self.config.num_steps:
-                try:
-                    state, step = self.loop(step_fn, state, step)
-                except TooManySkipsError as trouble:
-                    state, step = self.roll_back(trouble)
-            with self.clock.measure("save"):
-                self.checkpointer.wait()
-            result = self.result()
-            self.folder.write_result(result)
-            self.writer.summary(result)
+            self.folder.heartbeat(step)
+            yield
+
+    def catch_up(self, state: TrainState, step: int) -> None:
+        """Does what was due at the step that the run goes on from: it may have been stopped before that."""
+        if step > 0:
+            self.evaluate_if_due(state, step)
+            self.ask_tasks_if_due(state, step)
+
+    def finish(self, step: int) -> dict[str, Any]:
+        """Returns the result, which is then in the folder, when the last checkpoint is sealed.
+
+        Before the config's last step: {"status": "paused", "step": n}, and nothing is in the folder.
+        """
+        with self.clock.measure("save"):
+            self.checkpointer.wait()
+        if step < self.config.num_steps:
+            return {"status": "paused", "step": step}
+        result = self.result()
+        self.folder.write_result(result)
+        self.writer.summary(result)
         return result
 
     def add_reference(self) -> None:
@@ -402,8 +452,7 @@ class Trainer:
 
         The metrics of a step are read while the device works on the next, so that reading never makes it wait.
         """
-        batches = self.batches.train.iterate(start, self.config.num_steps, self.folder.data_offset)
-        self.logged = collections.deque([(start, self.busy_seconds())], maxlen=10)
+        batches = self.iterate(start)
         unread = None
         while (item := self.next_batch(batches)) is not None:
             step, batch = item[0] + 1, item[1]  # from here on `step` counts finished steps
@@ -418,7 +467,12 @@ class Trainer:
                 self.ask_tasks_if_due(state, step)
                 self.save_if_due(state, step)
         self.note(unread)
-        return state, self.config.num_steps
+        return state, self.last
+
+    def iterate(self, start: int) -> Iterator[tuple[int, dict]]:
+        """Returns the batches from a step on, and begins to measure the speed there."""
+        self.logged = collections.deque([(start, self.busy_seconds())], maxlen=10)
+        return self.batches.train.iterate(start, self.last, self.folder.data_offset)
 
     def next_batch(self, batches: Iterator[tuple[int, dict]]) -> tuple[int, dict] | None:
         """Returns the next (step, batch), or None at the end; the wait counts as "data"."""
@@ -435,10 +489,10 @@ class Trainer:
         return read_metrics(self.folder.metrics, kind) if self.folder.metrics.exists() else []
 
     def eval_is_due(self, step: int) -> bool:
-        return step % self.config.eval.every == 0 or step == self.config.num_steps
+        return step % self.config.eval.every == 0 or step == self.last
 
     def save_is_due(self, step: int) -> bool:
-        return step % self.config.checkpoint.every == 0 or step == self.config.num_steps
+        return step % self.config.checkpoint.every == 0 or step == self.last
 
     def is_anything_due(self, step: int) -> bool:
         return self.eval_is_due(step) or self.save_is_due(step) or bool(self.due_tasks(step))
@@ -587,7 +641,7 @@ class Trainer:
             Preempted: the run was asked to stop, and has saved.
         """
         self.stop_if_asked(state, step)
-        if self.save_is_due(step) and (self.skips == 0 or step == self.config.num_steps):
+        if self.save_is_due(step) and (self.skips == 0 or step == self.last):
             self.save(state, step)
         self.stop_if_asked(state, step)
 
@@ -598,7 +652,8 @@ class Trainer:
             self.checkpointer.save(step, state, metrics=metrics, metadata={"seconds": self.clock.seconds})
 
     def stop_if_asked(self, state: TrainState, step: int) -> None:
-        """Saves and raises Preempted if the run was asked to stop."""
+        """Saves and raises Preempted if the run was asked to stop; else notes that it is alive."""
+        self.folder.heartbeat(step)
         if self.preemption.requested(step):
             self.save(state, step)
             self.checkpointer.wait()
@@ -610,10 +665,10 @@ class Trainer:
         """Returns the newest checkpoint before the trouble, with the data window moved past what caused it.
 
         Raises:
-            UserError: that was tried guard.max_rollbacks times already.
+            DivergedError: that was tried guard.max_rollbacks times already.
         """
         if self.folder.num_rollbacks >= self.config.guard.max_rollbacks:
-            raise UserError(self.diagnosis(trouble))
+            raise DivergedError(self.diagnosis(trouble))
         first_bad = trouble.step - self.config.guard.max_skips + 1
         state, step = self.restore_or_init(before=first_bad)
         self.checkpointer.discard_newer(step)

@@ -131,7 +131,7 @@ def train_step(program: Program, state: TrainState, batch: dict, hyper: Hyperpar
     A step whose loss or gradient is not finite changes nothing but the counters: old values are selected, never
     multiplied by zero, because 0 * NaN is NaN.
     """
-    grads, metrics = _gradients(program, state.params, batch, hyper, base, state.step)
+    grads, metrics = gradients(program, state.params, batch, hyper, base, state.step)
     grad_norm = optax.tree.norm(grads)
     ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     updates, opt_state = _optimizer(program, hyper, state.step).update(grads, state.opt_state, state.params)
@@ -192,7 +192,7 @@ def _average(ema_params, params, decay, step):
     return jax.tree.map(lambda ema, new: decay * ema + (1 - decay) * new, ema_params, params)
 
 
-def _gradients(program, params, batch, hyper, base, step):
+def gradients(program: Program, params: dict, batch: dict, hyper: Hyperparameters, base: dict, step: jax.Array):
     """Returns (gradient of the batch's mean loss, metrics), accumulated over micro-batches."""
     counts = _counts(program, batch["weights"])
     tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)

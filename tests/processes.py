@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from foundry_jax import checkpoint, command, compilation, data, main
-from foundry_jax.metrics import read_metrics
 from foundry_jax.preemption import Preemption
+from foundry_jax.runfolder import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = ROOT / "configs" / "smoke.py"

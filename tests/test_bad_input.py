@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from foundry_jax import command, compilation, config, data, main
-from foundry_jax.metrics import read_metrics
+from foundry_jax.runfolder import read_metrics
 from tests.processes import SMALL_TEXT, SMOKE, Child, finish, start
 
 pytestmark = pytest.mark.slow

@@ -1,5 +1,8 @@
 """Exit codes, and what is said on the way out."""
 
+import subprocess
+import sys
+
 import pytest
 
 from foundry_jax import command, main
@@ -50,3 +53,10 @@ def test_the_default_run_folder_tells_runs_apart_and_fits_any_file_system():
     assert [str(name) for name in names[:2]] == ["runs/tiny", "runs/tiny-mla-lr=3e-4"]
     assert len(set(names)) == len(names)
     assert max(len(name.name) for name in names) < 200
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    program = "from foundry_jax import command; command.run(lambda: [print('x' * 1000) for _ in range(1000)])"
+    shell = f'{sys.executable} -c "{program}" | head -1; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.splitlines()[1] == "141"

@@ -216,10 +216,14 @@ def test_commas_inside_a_call_do_not_end_a_mutation():
 def test_a_bare_name_means_one_thing():
     names = [name for variants in mutate.VARIANTS.values() for name in variants]
     assert len(names) == len(set(names))
-    assert not set(names) & set(mutate.MUTATIONS)
+    parent = load_dict(TINY)
+    for name in set(names) & set(mutate.MUTATIONS):  # which add numbers to the variant of that name
+        mutation, values = mutate.parse(name)
+        assert mutate.call(name, parent) == mutate.call(mutation, parent, *values), name
 
 
 VALUES = {
+    "dpo": "pairs.jsonl:0.2", "mla": "24:40",
     "activation": "gelu", "adam_betas": "0.8:0.99", "attention": "mla", "batch_size": "8", "bias": "qkv", "depth": "6",
     "embedding": "scaled", "loss": "focal:1.5", "lora_rank": "8", "mlp_dim": "96", "moe": "sigmoid:4:2",
     "norm": "layernorm", "norm_placement": "post", "optimizer": "lion", "pattern": "SL", "position": "alibi",

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from foundry_jax.metrics import read_metrics
+from foundry_jax.runfolder import read_metrics
 from foundry_jax.tasks import results
 from tests.conftest import ROOT
 from tests.processes import SMALL_TEXT

@@ -192,6 +192,22 @@ def evaluate(words: list[str], folder: pathlib.Path) -> None:
         assert "standard error" in shown and "bits_per_byte" in shown
 
 
+def sweep(words: list[str], folder: pathlib.Path) -> None:
+    """Runs a sweep with two seeds, and wants to see a decision and the report that it names."""
+    seeds = [] if any(word.startswith("--seeds") for word in words) else ["--seeds=2"]
+    shown = json.loads(python([*words, *seeds, "--json"], folder))
+    if "--dry-run" in words:
+        assert shown["decision"] is None and shown["contestants"]["mla"]["forecast"]["params"] > 0
+        return
+    assert shown["decision"]["why"] and len(shown["contestants"]["incumbent"]["runs"]) == 2
+    assert list(folder.glob("runs/sweeps/*/report.html"))
+
+
+def loop(words: list[str], folder: pathlib.Path) -> None:
+    """Runs another command of the loop, which says something."""
+    assert python(words, folder).strip()
+
+
 def make(words: list[str], _: pathlib.Path) -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for target in words[1:]:
@@ -222,6 +238,8 @@ RULES = {
     r"python -m foundry_jax\.cli\.plan --config=\S+( --\S+)*": plan,
     r"python -m foundry_jax\.zoo (list|convert|verify|export)( \S+)*": zoo,
     r"python -m foundry_jax\.eval --task=\S+( --\S+)*": evaluate,
+    r"python -m foundry_jax\.cli\.sweep( \S+)*": sweep,
+    r"python -m foundry_jax\.(mutate|cli\.(lineage|compare|lr_finder))( \S+)*": loop,
     r"python docs/make_(configuration|variants)\.py": python,
     r"cp configs/\w+\.py configs/\w+\.py": execute,
     r"make( [a-z-]+)+": make,

@@ -13,11 +13,11 @@ from foundry_jax import compilation, forecast, sharding, train, zoo
 from foundry_jax.checkpoint import load_params
 from foundry_jax.config import LoRAConfig, load
 from foundry_jax.errors import Preempted, UserError
-from foundry_jax.metrics import read_metrics
 from foundry_jax.model import lora, transformer
 from foundry_jax.model.stacking import restack
 from foundry_jax.optimizer import hyperparameters
 from foundry_jax.preemption import Preemption
+from foundry_jax.runfolder import read_metrics
 from foundry_jax.train_step import Program, eval_step, init_base, init_state, reference_step, train_step, unbox
 from tests import checkpoints
 from tests.processes import SMALL_TEXT, assert_bitwise_equal

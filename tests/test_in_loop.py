@@ -9,9 +9,8 @@ import pytest
 
 from foundry_jax import config, train
 from foundry_jax.errors import Preempted, UserError
-from foundry_jax.metrics import read_metrics
 from foundry_jax.preemption import Preemption
-from foundry_jax.runfolder import read_result, read_validation_blocks
+from foundry_jax.runfolder import read_metrics, read_result, read_validation_blocks
 from foundry_jax.tasks import TASKS, in_loop, results, run
 from foundry_jax.tasks.requests import Generation
 from foundry_jax.tasks.scoring import Scorer

@@ -16,9 +16,10 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "foundry_jax"
 
 # From the top down: a unit imports only units of later lines. A unit is a file or folder of the package; model.config
-# is a unit of its own, because the config of a run holds it.
+# is a unit of its own, because the config of a run holds it; mutate.__main__, because it is a command.
 LAYERS = (
-    ("main", "cli", "eval"),
+    ("main", "cli", "eval", "mutate.__main__"),
+    ("search",),
     ("train",),
     ("forecast", "tasks"),
     ("zoo",),

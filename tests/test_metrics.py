@@ -16,7 +16,8 @@ import pytest
 
 from foundry_jax import metrics
 from foundry_jax.errors import UserError
-from foundry_jax.metrics import MetricsWriter, Progress, device_peak_flops, read_metrics
+from foundry_jax.metrics import MetricsWriter, Progress, device_peak_flops
+from foundry_jax.runfolder import read_metrics
 
 
 @pytest.fixture

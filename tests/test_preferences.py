@@ -14,9 +14,9 @@ from foundry_jax.config import load
 from foundry_jax.data.preferences import PreferenceBatches, read_pairs, read_reference, write_reference
 from foundry_jax.data.tokenize import ByteTokenizer, CharTokenizer
 from foundry_jax.errors import Preempted, UserError
-from foundry_jax.metrics import read_metrics
 from foundry_jax.optimizer import hyperparameters
 from foundry_jax.preemption import Preemption
+from foundry_jax.runfolder import read_metrics
 from foundry_jax.train_step import Program, init_state, reference_step, train_step, unbox
 from tests.processes import SMALL_TEXT, assert_bitwise_equal
 from tests.variants import forward, params_of, tiny

@@ -17,8 +17,7 @@ import pytest
 
 from foundry_jax import config, data, train
 from foundry_jax.errors import UserError
-from foundry_jax.metrics import read_metrics
-from foundry_jax.runfolder import read_result
+from foundry_jax.runfolder import read_metrics, read_result
 from tests.processes import (
     ROOT,
     SMALL_TEXT,

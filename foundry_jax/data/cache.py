@@ -8,6 +8,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from foundry_jax.data.hashing import sha256_file, sha256_json
-from foundry_jax.errors import UserError
+from foundry_jax.errors import MachineError
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def open_or_build(root: Path, spec: Mapping[str, Any], build: Callable[[Path], d
     Of several processes at once one builds and the others wait for it. A damaged entry is built again.
 
     Raises:
-        UserError: the cache cannot be written.
+        MachineError: the cache cannot be written.
     """
     folder = root / sha256_json(spec)[:32]
     with contextlib.suppress(_DamagedError):
@@ -59,7 +60,7 @@ def open_or_build(root: Path, spec: Mapping[str, Any], build: Callable[[Path], d
         with _lock(folder.with_suffix(".lock")):
             return _open_again(folder) or _build(folder, spec, build)
     except OSError as error:
-        raise UserError(
+        raise MachineError(
             f"Cannot write the token cache {folder}: {error.strerror or error}; free some space, or set "
             f"data.cache_dir or FOUNDRY_CACHE to a folder that can be written."
         ) from error
@@ -79,11 +80,22 @@ def _open(folder: Path) -> Entry | None:
         if checksum != sha256_json(facts):
             raise _DamagedError(f"{SIDECAR} has changed")
         for name, sha256 in facts["files"].items():
-            if sha256_file(folder / name) != sha256:
+            if _sha256(folder / name) != sha256:
                 raise _DamagedError(f"{name} has changed")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _DamagedError(repr(error)) from None
     return Entry(folder, facts)
+
+
+def _sha256(path: Path) -> str:
+    """Returns the sha256 of a file, read once by a process that opens it for run after run, unless it changes."""
+    facts = path.stat()
+    return _sha256_as_of(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256_as_of(path: Path, *_: int) -> str:
+    return sha256_file(path)
 
 
 def _open_again(folder: Path) -> Entry | None:

@@ -2,21 +2,24 @@
 
 A config argument such as "mla,lr=3e-4" is a comma-separated list of `mutation=value` and bare variant names.
 A mutation of several values takes them separated by colons: "adam_betas=0.9:0.98". One whose values all have defaults
-may be named alone: "sliding_window".
+may be named alone: "sliding_window". A mutation that bears the name of a variant means the same alone, and adds numbers
+to it: "mla=64".
 """
 
 import inspect
+import os
 import re
 
 from ml_collections import ConfigDict
 
 from foundry_jax.config import LOSSES, OPTIMIZERS, SCHEDULES, set_values
 from foundry_jax.errors import UserError
-from foundry_jax.mutate import architecture, training
+from foundry_jax.mutate import architecture, promotions, training
 from foundry_jax.registry import lookup, unknown
 
 MUTATIONS = {
     "attention": architecture.attention,
+    "mla": architecture.mla,
     "bias": architecture.bias,
     "qk_norm": architecture.qk_norm,
     "softcap": architecture.softcap,
@@ -46,6 +49,7 @@ MUTATIONS = {
     "adam_betas": training.adam_betas,
     "ema": training.ema,
     "loss": training.loss,
+    "dpo": training.dpo,
     "label_smoothing": training.label_smoothing,
     "z_loss": training.z_loss,
     "lora_rank": training.lora_rank,
@@ -77,16 +81,26 @@ CHOICES = VARIANTS | {
 }
 
 
-def apply(config: ConfigDict, argument: str) -> ConfigDict:
+def apply(config: ConfigDict, argument: str, *, lineage: str | os.PathLike | None = None) -> ConfigDict:
     """Returns a copy of config with the comma-separated mutations of `argument` applied in order.
 
+    With `lineage`, the path of the config's own file, what was promoted for it is applied before them.
+
     Raises:
-        UserError: an unknown mutation or variant, a wrong number of values, or a key the config does not have.
+        UserError: an unknown mutation or variant, a wrong number of values, or a key the config does not have; or a
+            lineage that was damaged.
     """
-    for item in filter(None, re.split(r",\s*(?![^(]*\))", argument)):  # not at the commas of "yarn(factor=4, ...)"
+    if lineage is not None:
+        config = promotions.replay(config, lineage)
+    for item in items(argument):
         name, values = parse(item)
         config = set_values(config, call(name, config, *values))
     return config
+
+
+def items(argument: str) -> list[str]:
+    """Returns the mutations of an argument: "mla,lr=3e-4" is two; the commas of "yarn(factor=4, ...)" divide none."""
+    return [item for item in re.split(r",\s*(?![^(]*\))", argument) if item]
 
 
 def parse(item: str) -> tuple[str, list[str]]:
@@ -98,9 +112,9 @@ def parse(item: str) -> tuple[str, list[str]]:
         if name in variants:
             return mutation, [name]
     if name in MUTATIONS:
-        if all(p.default is not p.empty for p in list(inspect.signature(MUTATIONS[name]).parameters.values())[1:]):
+        if stands_alone(name):
             return name, []
-        raise UserError(f"Mutation {name!r} needs a value: {name}={_signature(name)}.")
+        raise UserError(f"Mutation {name!r} needs a value: {name}={signature(name)}.")
     names = [f"{mutation}=" for mutation in MUTATIONS] + [v for group in VARIANTS.values() for v in group]
     raise UserError(unknown(name, names, "variant or mutation"))
 
@@ -111,9 +125,21 @@ def call(name: str, config: ConfigDict, *values: str) -> dict[str, object]:
     try:
         inspect.signature(mutation).bind(config, *values)
     except TypeError:
-        raise UserError(f"Mutation {name!r} takes {_signature(name)}, not {':'.join(values)!r}.") from None
+        raise UserError(f"Mutation {name!r} takes {signature(name)}, not {':'.join(values)!r}.") from None
     return mutation(config, *values)
 
 
-def _signature(name: str) -> str:
-    return ":".join(list(inspect.signature(MUTATIONS[name]).parameters)[1:])
+def stands_alone(name: str) -> bool:
+    """Returns whether a name may stand in an argument without a value."""
+    if any(name in variants for variants in VARIANTS.values()):
+        return True
+    return name in MUTATIONS and all(p.default is not p.empty or p.kind is p.VAR_POSITIONAL for p in _values(name))
+
+
+def signature(name: str) -> str:
+    """Returns the names of a mutation's values, as they are written: "beta1:beta2"."""
+    return ":".join(parameter.name for parameter in _values(name))
+
+
+def _values(name: str) -> list[inspect.Parameter]:
+    return list(inspect.signature(MUTATIONS[name]).parameters.values())[1:]

@@ -86,6 +86,15 @@ def attention(config, variant: str):
     return {"model.attention": "gqa", "model.num_kv_heads": counts[variant]}
 
 
+def mla(config, kv_rank: str = "", q_rank: str = ""):
+    """Multi-head latent attention: rank of the key/value latent, and of the queries (0: full), by default the config's.
+
+    DeepSeek-V2 2024, 2405.04434.
+    """
+    ranks = {"model.kv_lora_rank": kv_rank, "model.q_lora_rank": q_rank}
+    return {"model.attention": "mla"} | {key: rank for key, rank in ranks.items() if rank}
+
+
 def bias(config, where: str = "qkv"):
     """Biases of linear maps: none, qkv, attention (and its output) or all (and the MLP)."""
     lookup(BIAS_VARIANTS, where, "place of biases")
@@ -104,7 +113,7 @@ def softcap(config, cap: str = "50"):
 
 
 def pattern(config, letters: str):
-    """One letter a layer, repeated over the depth: L full, S sliding window, P sparse."""
+    """One letter a layer, repeated over the depth: L full, S sliding window, P sparse. Gemma 2 2024, 2408.00118."""
     return {"model.pattern": letters}
 
 
@@ -129,7 +138,10 @@ def activation(config, name: str):
 
 
 def mlp_dim(config, width: str):
-    """Width of the MLP, whatever its parameters; 0 derives the width that all activations are compared at."""
+    """Width of the MLP, whatever its parameters; 0 derives the width that all activations are compared at.
+
+    Shazeer 2020, 2002.05202.
+    """
     return {"model.mlp_dim": width}
 
 
@@ -158,7 +170,7 @@ def position(config, name: str):
 
 
 def rope_theta(config, base: str):
-    """Longest wavelength of the rotary embedding / 2 pi."""
+    """Longest wavelength of the rotary embedding / 2 pi. Xiong et al. 2023, 2309.16039."""
     return {"model.rope_theta": base}
 
 
@@ -179,12 +191,15 @@ def embedding(config, transform: str):
 
 
 def tie_embeddings(config, tied: str):
-    """Whether the output matrix is the embedding."""
+    """Whether the output matrix is the embedding. Press & Wolf 2016, 1608.05859."""
     return {"model.tie_embeddings": tied}
 
 
 def depth(config, layers: str):
-    """Number of layers; a multiple of the pattern's length, so that the mix of layers stays."""
+    """Number of layers; a multiple of the pattern's length, so that the mix of layers stays.
+
+    Kaplan et al. 2020, 2001.08361.
+    """
     count, period = _whole("depth", layers), len(config.model.pattern)
     below = max(count // period, 1) * period
     choices = sorted({below, below + period})
@@ -197,7 +212,10 @@ def depth(config, layers: str):
 
 
 def width(config, dim: str):
-    """Width of the residual stream; the head dim and the number of key/value heads stay, so the heads change."""
+    """Width of the residual stream; the head dim and the number of key/value heads stay, so the heads change.
+
+    Kaplan et al. 2020, 2001.08361.
+    """
     m, new = config.model, _whole("width", dim)
     head_dim = m.head_dim or m.model_dim // m.num_heads
     # One key/value head per query head stays so; any other number stays and must divide the heads.
@@ -214,7 +232,7 @@ def width(config, dim: str):
 
 
 def dropout(config, rate: str):
-    """Dropout rate after the embedding, the attention and the MLP."""
+    """Dropout rate after the embedding, the attention and the MLP. Hinton et al. 2012, 1207.0580."""
     return {"model.dropout": rate}
 
 
