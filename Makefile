@@ -9,7 +9,9 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test quick test-all oracle bench format clean
 
 demo: $(INSTALLED)
-	$(BIN)/python -m foundry_jax.main --config=configs/tiny.py --workdir=runs/demo
+	$(BIN)/python -m foundry_jax.mutate steps 60 --config=configs/tiny.py --save=runs/demo/tiny_60.py
+	$(BIN)/python -m foundry_jax.cli.sweep norm rmsnorm layernorm --config=runs/demo/tiny_60.py --workdir=runs/demo/norm \
+		--jobs=2 --promote
 
 test: $(INSTALLED)-test
 	$(BIN)/ruff format --check .

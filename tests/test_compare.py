@@ -229,7 +229,7 @@ def test_the_command_prints_a_verdict_or_json(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert 'model.norm: "rmsnorm" in A, "layernorm" in B' in shown
     assert "B is better: 0.0505 nats per token better; 90 % interval" in shown
-    assert "over 24 parts of the text or items: +0.05050" in shown
+    assert "over 24 groups of validation text: +0.05050" in shown
     monkeypatch.setattr(sys, "argv", [*arguments, "--json"])
     command.main()
     found = json.loads(capsys.readouterr().out)

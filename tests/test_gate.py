@@ -28,8 +28,9 @@ LENGTH = 32
 
 
 def config_of(variant: str = "gqa", overrides=(), **changes) -> Config:
-    """Returns a run of a tiny architecture of one layer (tests/variants.py) on 32 tokens."""
-    model = tiny(variant, **{"context_length": LENGTH, "num_layers": 1, "window": 6} | changes)
+    """Returns a run of a tiny architecture (tests/variants.py), one layer for each letter of its pattern, on 32 tokens."""
+    layers = len(tiny(variant).pattern)
+    model = tiny(variant, **{"context_length": LENGTH, "num_layers": layers, "window": 6} | changes)
     return dataclasses.replace(load(str(ROOT / "configs" / "smoke.py"), overrides), model=model)
 
 

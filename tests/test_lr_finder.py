@@ -94,7 +94,7 @@ def test_a_plateau_does_not_carry_the_suggestion_away():
 def test_mistakes_are_one_line(finder):
     with pytest.raises(UserError, match="Unknown rule 'steepest'"):
         lr_finder.suggest(planted(1e-3), "steepest")
-    with pytest.raises(UserError, match="no more than its noise of .* Use a larger --max"):
+    with pytest.raises(UserError, match="fell by .* nats, and its noise is .* Use a larger --max"):
         lr_finder.suggest(planted(1e3))
     with pytest.raises(UserError, match="--steps=19 is too few for a range test; use 20 or more"):
         lr_finder.Finder(load(str(SMOKE)), 19)

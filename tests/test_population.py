@@ -49,14 +49,14 @@ def alone(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def together(runs: list[Run], preemption=None, *, compare: bool = False) -> tuple[population.Report, dict]:
+def together(runs: list[Run], preemption=None, *, decided=None) -> tuple[population.Report, dict]:
     """Returns the report, and {name: what a run ended with}."""
     ended = {}
     with Preemption() as signals:
         report = population.train_together(
             runs,
             preemption or signals,
-            compare=compare,
+            decided=decided,
             ended=lambda run, outcome: ended.update({run.folder.name: outcome}),
         )
     return report, ended
@@ -152,6 +152,7 @@ def test_whoever_is_at_another_step_goes_on_alone(alone, tmp_path):
     assert found == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.exhaustive
 def test_a_member_that_does_not_stay_finite_leaves_and_the_others_notice_nothing(alone, tmp_path):
     runs = [*runs_in(tmp_path)[:2], run_of(tmp_path / "wild", *DIVERGES)]
     _, ended = together(runs)
@@ -170,11 +171,13 @@ def test_all_members_save_when_they_are_asked_to_stop(alone, tmp_path):
 
 
 def test_a_run_that_cannot_begin_says_why_and_the_others_are_timed_both_ways(tmp_path):
-    report, ended = together([*runs_in(tmp_path), run_of(tmp_path / "no", "data.path=/nowhere")], compare=True)
+    reports = []
+    runs = [*runs_in(tmp_path), run_of(tmp_path / "no", "data.path=/nowhere")]
+    report, ended = together(runs, decided=reports.append)
     assert isinstance(ended.pop("no"), UserError)
     assert report.step_seconds.keys() == {"serial", "vmap"}
     faster = min(report.step_seconds, key=report.step_seconds.get)
-    assert report.way == "vmap" or faster == "serial"
+    assert reports[0].way == report.way and (report.way == "vmap" or faster == "serial")
     assert ended.keys() == (MEMBERS.keys() if report.way == "vmap" else set())
 
 
@@ -221,6 +224,17 @@ def test_a_worker_finishes_alone_who_left_the_population(tmp_path):
     status = job_status(tmp_path / "job", runs, "vmap")
     assert [run.state().status for run in runs] == ["done", "done", "failed"]
     assert status["way"] == "vmap" and status["step_seconds"]["vmap"] > 0
+
+
+def test_the_way_is_decided_once(monkeypatch, tmp_path):
+    """Two programs of one function differ in the last bits, so a job that is started again must not decide again."""
+    job = Job("job", tuple(runs_in(tmp_path)), "auto")
+    assert worker.way_of(job, tmp_path) == "serial"  # on CPU
+    assert worker.way_of(dataclasses.replace(job, way="vmap"), tmp_path) == "vmap"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert worker.way_of(job, tmp_path) == "auto"
+    (tmp_path / "status.json").write_text('{"way": "vmap"}')
+    assert worker.way_of(job, tmp_path) == "vmap"
 
 
 def test_what_the_machine_refuses_is_no_failure_of_the_run(monkeypatch, tmp_path):

@@ -226,6 +226,15 @@ def test_a_sweep_in_which_nobody_was_trained_still_has_a_report(tmp_path):
     assert "✗ refused; the gate refused: causality" in written.markdown.read_text("utf-8")
 
 
+def test_time_is_measured_where_there_are_runs_and_else_forecast(tmp_path):
+    sweep = reading.read(edited(tmp_path, lambda found: None))
+    mla, topk, window = (
+        next(one for one in sweep.contestants if one.name == n) for n in ("mla", "sparse=topk", "mla,window")
+    )
+    assert sweep.seconds_ratio(mla) == pytest.approx((70.1 * 1.21 + 1) / 71.1)
+    assert sweep.seconds_ratio(topk) == 1.0 and sweep.seconds_ratio(window) is None
+
+
 def test_a_sweep_whose_runs_are_gone_has_all_but_the_curves(tmp_path):
     sweep = reading.read(edited(tmp_path, lambda found: None))
     names = {chart.name for chart in charts.draw(sweep)}

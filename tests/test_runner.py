@@ -38,7 +38,7 @@ signal.signal(signal.SIGTERM, stop)
 for run in json.loads((folder / "job.json").read_text())["runs"]:
     path = pathlib.Path(run["folder"])
     path.mkdir(parents=True, exist_ok=True)
-    (folder / "status.json").write_text(json.dumps({"current": [str(path)]}))
+    (folder / "status.json").write_text(json.dumps({"current": [str(path)], "pid": os.getpid()}))
     (path / "cores").write_text(json.dumps(sorted(os.sched_getaffinity(0))))
     starts = path / "starts"
     starts.write_text(starts.read_text() + "x" if starts.exists() else "x")

@@ -291,6 +291,14 @@ def test_a_budget_that_is_too_small_says_what_is_needed(world):
         sweep.run(asked("norm", "layernorm", budget=60.0), here.folder, Options())
 
 
+def test_who_cannot_be_promoted_is_not_trained_for_it(world):
+    here = world(gains={})
+    request = asked("lr", "6e-3", config=f"{SMOKE}:lr=1e-3")
+    with pytest.raises(UserError, match=r"lr=6e-3 cannot be promoted: optimizer.learning_rate.*config of its own"):
+        sweep.run(request, here.folder, Options(promote=True))
+    assert not here.trained
+
+
 def test_another_code_is_not_mixed_in(world, monkeypatch):
     here = world(gains={}, doomed=3)
     with pytest.raises(Killed):

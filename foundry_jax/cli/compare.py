@@ -64,7 +64,8 @@ def show(found: "Comparison") -> None:
     console.print(f"{found.metric.name}, {better} is better:")
     console.print(table)
     verdict = found.verdict
-    for name, estimate in (("seeds", verdict.over_seeds), ("parts of the text or items", verdict.over_units)):
+    parts = "items" if found.metric.task else "groups of validation text"
+    for name, estimate in (("seeds", verdict.over_seeds), (parts, verdict.over_units)):
         if estimate is not None and estimate.interval is not None:
             console.print(_line(name, estimate, verdict.level))
     console.print(f"B is {verdict.verdict}: {verdict.why}", markup=False)

@@ -36,6 +36,7 @@ def main() -> None:
     flags, overrides = parse_arguments(sys.argv[1:])
     # Imported here: --help must not wait for JAX.
     from foundry_jax import compilation, config
+    from foundry_jax.runfolder import encode_json
     from foundry_jax.search import lr_finder, space
 
     settings = config.load(flags.config, overrides)
@@ -45,7 +46,10 @@ def main() -> None:
     compilation.enable_cache()
     found = lr_finder.find(settings, low=flags.min, high=flags.max, num_steps=flags.steps, check=flags.check)
     paths = lr_finder.write(found, out)
-    print(json.dumps(found | {"files": [str(path) for path in paths]}) if flags.json else summary(found, paths))
+    if flags.json:
+        print(json.dumps(encode_json(found | {"files": [str(path) for path in paths]})))
+    else:
+        print(summary(found, paths))
 
 
 def summary(found: dict[str, Any], paths: list[pathlib.Path]) -> str:

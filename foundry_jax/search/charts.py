@@ -344,7 +344,7 @@ def _name_points(axes: Axes, points: Mapping[Contestant, tuple[float, float]]) -
     for contestant, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
         share, here = (x - low) / (high - low), (y - bottom) / (top - bottom) * LABEL_AREA
         side, other = ("left", "right") if share < 0.5 else ("right", "left")
-        if here > heights[side] - LABEL_HEIGHT and here < heights[other] - LABEL_HEIGHT and 0.25 < share < 0.75:
+        if here > heights[side] - LABEL_HEIGHT and here < heights[other] - LABEL_HEIGHT and 0.2 < share < 0.8:
             side = other
         heights[side] = min(here, heights[side] - LABEL_HEIGHT)
         offset = (7 if side == "left" else -7, heights[side] - here + 3)
@@ -408,11 +408,13 @@ def range_test(found: Mapping[str, Any]) -> Chart:
         axes.axvline(
             found["config"]["learning_rate"], color=MUTED, linestyle=":", linewidth=1, label="config's own rate"
         )
-        if check := found["check"]:
-            points = [(float(rate), loss) for rate, loss in check["losses"].items() if math.isfinite(loss)]
+        check = found["check"] or {"losses": {}}
+        points = [(float(rate), loss) for rate, loss in check["losses"].items() if math.isfinite(loss)]
+        if points:
             label = f"bracket: last fifth of {check['steps']} steps"
             axes.plot(*zip(*points, strict=True), "s-", color=SERIES[2], markersize=5, linewidth=1, label=label)
-        smallest, start = np.nanmin(losses), np.nanmax(losses[: max(2, len(losses) // 20)])
+        shown = losses[np.isfinite(losses)].tolist() + [loss for _, loss in points]
+        smallest, start = min(shown), np.nanmax(losses[: max(2, len(losses) // 20)])
         axes.set_ylim(smallest - 0.1 * (start - smallest), start + 0.25 * (start - smallest))
         first, last = math.ceil(math.log10(rates[0]) - 1e-9), math.floor(math.log10(rates[-1]) + 1e-9)
         log_rates(axes, [10.0**power for power in range(first, last + 1)])

@@ -181,19 +181,32 @@ def overrides_of(result: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     spec, contestant = result["config"], result["contestants"][name]
     items = [contestant["argument"], *([f"lr={contestant['learning_rate']!r}"] if contestant["rates"] else [])]
-    parent = load_dict(spec)
-    overrides = {key: new for key, (_, new) in changes(parent, mutate.apply(parent, ",".join(items))).items()}
     matched = MATCHED_ARCHITECTURE.get(result["match"], ())
+    overrides = _raw_changes(spec, ",".join(items))
     overrides |= {key: contestant["changes"][key][1] for key in matched if key in contestant["changes"]}
     require(bool(overrides), f"{name} would change nothing of {spec}: that is what it is already.")
+    _require_not_set_again(spec, name, overrides)
+    return overrides
+
+
+def require_promotable(spec: str, name: str, argument: str) -> None:
+    """Raises UserError if a contestant could not be promoted however well it does; known before it is trained."""
+    _require_not_set_again(spec, name, _raw_changes(spec, argument))
+
+
+def _raw_changes(spec: str, argument: str) -> dict[str, Any]:
+    parent = load_dict(spec)
+    return {key: new for key, (_, new) in changes(parent, mutate.apply(parent, argument)).items()}
+
+
+def _require_not_set_again(spec: str, name: str, overrides: Mapping[str, Any]) -> None:
     path, _, argument = spec.partition(":")
-    twice = [key for key in changes(load_dict(path), parent) if key in overrides]
+    twice = [key for key in changes(load_dict(path), load_dict(spec)) if key in overrides]
     require(
         not twice,
         f"{name} cannot be promoted: {', '.join(twice)} would be set again by the argument {argument!r} of {spec}. "
         f"Save that as a config of its own (python -m foundry_jax.mutate), and sweep it.",
     )
-    return overrides
 
 
 def _facts(result: Mapping[str, Any], sweep: str | os.PathLike) -> dict[str, Any]:

@@ -281,7 +281,7 @@ def suggest(test: RangeTest, rule: str = RULE) -> Suggestion:
     noise = head.std() * math.sqrt((1 - SMOOTHING) / (1 + SMOOTHING))  # of the smoothed loss
     require(
         fall > 5 * noise,
-        f"The loss fell by {fall:.3g} nats, no more than its noise of {noise:.3g}: no rate from {test.rates[0]:.2g} to "
+        f"The loss fell by {fall:.3g} nats, and its noise is {noise:.3g}: no rate from {test.rates[0]:.2g} to "
         f"{test.rates[-1]:.2g} helps. Use a larger --max, more --steps or a larger data.batch_size.",
     )
     return Suggestion(found(test.rates[test.finite], smoothed), rule)

@@ -58,11 +58,14 @@ class Report:
     step_seconds: dict[str, float]
 
 
-def train_together(runs: Sequence[Run], preemption: Preemption, *, compare: bool, ended: Ended) -> Report:
+def train_together(
+    runs: Sequence[Run], preemption: Preemption, *, ended: Ended, decided: Callable[[Report], None] | None = None
+) -> Report:
     """Trains the runs that can be trained together: the most that have one program and one step, on one device.
 
     Args:
-        compare: first time some steps both ways, and train nothing if one run after the other is faster.
+        decided: if given, some steps are timed both ways first; it gets what is faster, and if that is one run after
+            the other, nothing is trained.
         ended: gets each run that comes to an end, and its result or why it failed; the others are to be trained alone.
 
     Raises:
@@ -73,9 +76,13 @@ def train_together(runs: Sequence[Run], preemption: Preemption, *, compare: bool
         members = _largest_group(_begin(runs, preemption, stack, ended))
         if len(members) < 2:
             return Report("serial", {})
-        seconds = _compare(members) if compare else {}
-        if compare and seconds["serial"] <= seconds.get("vmap", np.inf):
-            return Report("serial", seconds)
+        seconds = {}
+        if decided is not None:
+            seconds = _compare(members)
+            faster = Report(min(seconds, key=seconds.get), seconds)
+            decided(faster)
+            if faster.way == "serial":
+                return faster
         for member in members:
             stack.enter_context(member.trainer.reporting(member.step))
             member.trainer.catch_up(member.state, member.step)

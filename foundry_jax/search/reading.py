@@ -137,6 +137,12 @@ class Sweep:
         longer = [name for name in names if name.startswith(f"{self.metric.name}/")]
         return self.metric.name if self.metric.name in names or not longer else longer[0]
 
+    def seconds_ratio(self, contestant: Contestant) -> float | None:
+        """Returns a contestant's seconds over the incumbent's, measured or else forecast; None if neither."""
+        if contestant.seconds and self.incumbent.seconds:
+            return contestant.seconds / self.incumbent.seconds
+        return contestant.ratios.get("seconds")
+
     @functools.cached_property
     def ranking(self) -> list[Contestant]:
         """All contestants, the best mean first, those without one that counts at the end in their order."""

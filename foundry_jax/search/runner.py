@@ -135,7 +135,6 @@ class _Process:
         self.task, self.slot, self.folder = task, slot, folder
         self.job = dataclasses.replace(task.job, runs=task.remaining())
         self.job.write(folder)
-        (folder / "status.json").unlink(missing_ok=True)
         self.log: IO[bytes] = open(folder / "log.txt", "ab")  # noqa: SIM115
         self.started = self.last_sign = self.last_look = time.monotonic()
         self.signs = self.read_signs()  # a heartbeat of the process before
@@ -335,8 +334,9 @@ class _Runner:
 
     def leave_out(self, task: _Task, process: _Process, why: str) -> bool:
         """Leaves out the run that the process was at, if others are left; returns whether it did."""
-        current = read_status(process.folder).get("current", [])
-        if len(current) != 1 or len(task.remaining()) < 2:
+        status = read_status(process.folder)
+        current = status.get("current", [])
+        if status.get("pid") != process.process.pid or len(current) != 1 or len(task.remaining()) < 2:
             return False
         run = pathlib.Path(current[0])
         task.left_out[run] = RunState("unfinished", why)

@@ -127,7 +127,8 @@ class Sweep:
         """Settles who takes part.
 
         Raises:
-            UserError: nobody can, or the code is not the one that the sweep was begun with.
+            UserError: nobody can, or with --promote one that cannot be promoted; or the code is not the one that the
+                sweep was begun with.
         """
         found = self.ledger.settle("begin", self.first_facts)
         require(
@@ -136,6 +137,8 @@ class Sweep:
             f"comparable: put it back, or use another --workdir.",
         )
         everybody = {one["name"]: Contestant(**one) for one in found["contestants"]}
+        for one in everybody.values() if self.options.promote else ():
+            lineage.require_promotable(self.request.config, one.name, one.argument)
         self.facts = Facts(self.request, self.path, self.ledger, everybody)
 
     def first_facts(self) -> dict[str, Any]:

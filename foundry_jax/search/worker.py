@@ -90,7 +90,7 @@ class Status:
 
     def __init__(self, folder: pathlib.Path, job: "Job"):
         self.path, self.job = folder / "status.json", job
-        self.way = job.way
+        self.way = way_of(job, folder)
         self.step_seconds: dict[str, float] = {}  # by way
         self.run_seconds: dict[str, float] = {}  # of each run that was trained alone, all included
 
@@ -118,8 +118,8 @@ def work(job: "Job", status: Status, preemption: "Preemption") -> None:
         Preempted: it was asked to stop; what was being trained has saved.
         MachineError: the machine refuses something; nothing is said of the run.
     """
-    if (way := way_of(job)) != "serial":
-        train_together(remaining(job), way, status, preemption)
+    if status.way != "serial":
+        train_together(remaining(job), status, preemption)
     for run in remaining(job):
         if preemption.requested(0):
             raise Preempted(f"job {job.name} has runs that have not begun; run it again to go on.")
@@ -128,15 +128,19 @@ def work(job: "Job", status: Status, preemption: "Preemption") -> None:
     status.write([])
 
 
-def way_of(job: "Job") -> str:
-    """Returns the way of a job; "auto" on CPU is "serial".
+def way_of(job: "Job", folder: pathlib.Path) -> str:
+    """Returns the way of a job; "auto" is what was decided before this process, for the same bits, and on CPU "serial".
 
     There a step of three runs of configs/tiny.py in one program took twice as long as three steps (2 cores, 2026-11);
     see tests/bench/population_speed.py.
     """
     import jax
 
-    return "serial" if job.way == "auto" and jax.default_backend() == "cpu" else job.way
+    from foundry_jax.search.jobs import read_status
+
+    if job.way != "auto":
+        return job.way
+    return "serial" if jax.default_backend() == "cpu" else read_status(folder).get("way", "auto")
 
 
 def remaining(job: "Job") -> "list[Run]":
@@ -144,7 +148,7 @@ def remaining(job: "Job") -> "list[Run]":
     return [run for run in job.runs if not run.state().is_final]
 
 
-def train_together(runs: "Sequence[Run]", way: str, status: Status, preemption: "Preemption") -> None:
+def train_together(runs: "Sequence[Run]", status: Status, preemption: "Preemption") -> None:
     """Trains those of the runs that can be trained together."""
     from foundry_jax.search import population
 
@@ -153,10 +157,14 @@ def train_together(runs: "Sequence[Run]", way: str, status: Status, preemption: 
             note_failure(run, outcome)
         status.write(runs)
 
+    def decided(report: population.Report) -> None:
+        status.way = report.way
+        status.write(runs)
+
     if len(runs) > 1:
         status.write(runs)
-        report = population.train_together(runs, preemption, compare=way == "auto", ended=ended)
-        status.way, status.step_seconds = report.way, report.step_seconds
+        ask = decided if status.way == "auto" else None
+        status.step_seconds = population.train_together(runs, preemption, ended=ended, decided=ask).step_seconds
 
 
 def train_alone(run: "Run", status: Status) -> None:

@@ -87,7 +87,7 @@ def timed(seconds: list[float]):
 
 
 def seconds_of_a_run(steps: int, folder: pathlib.Path) -> float:
-    """Returns how long train.run takes in a process that has trained a run before, and in which nothing else happens."""
+    """Returns how long train.run takes in a process that has trained a run before and does nothing else."""
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
     command = [sys.executable, __file__, f"--steps={steps}", f"--alone={folder}"]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -143,10 +143,11 @@ def main() -> None:
     runs, compiled = len(RATES) * len(SEEDS), status["compilations"]["train_steps"]
     ratio = total / (runs * statistics.mean(single))
     within = sorted(status["run_seconds"].values())
+    spread = f"{statistics.median(within):.1f}, from {within[0]:.1f} to {within[-1]:.1f}"
     print(
         f"population: {runs} runs of {flags.steps} steps in {total:.0f} s, {ratio:.3f} of {runs} x the seconds of one "
-        f"alone ({single[0]:.1f} before and {single[1]:.1f} after; within the job {statistics.median(within):.1f}, from "
-        f"{within[0]:.1f} to {within[-1]:.1f}), {compiled} training compilation(s); goal {GOAL} and 1"
+        f"alone ({single[0]:.1f} before and {single[1]:.1f} after; within the job {spread}), "
+        f"{compiled} training compilation(s); goal {GOAL} and 1"
     )
     sys.exit(ratio > GOAL or compiled != 1)
 
