@@ -28,7 +28,7 @@ LENGTH = 32
 
 
 def config_of(variant: str = "gqa", overrides=(), **changes) -> Config:
-    """Returns a run of a tiny architecture (tests/variants.py), one layer for each letter of its pattern, on 32 tokens."""
+    """Returns a run of a tiny architecture (tests/variants.py) on 32 tokens, a layer for each letter of its pattern."""
     layers = len(tiny(variant).pattern)
     model = tiny(variant, **{"context_length": LENGTH, "num_layers": layers, "window": 6} | changes)
     return dataclasses.replace(load(str(ROOT / "configs" / "smoke.py"), overrides), model=model)
@@ -411,6 +411,14 @@ def test_what_is_planted_is_refused(plant, variant, name, evidence, monkeypatch,
     plant(monkeypatch)
     with pytest.raises(gate.Failed, match=evidence):
         gate.Gate(config_of(variant), batch_of()).parts()[name]()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("variant", ["gqa", "moe_softmax"])
+def test_a_leak_is_told_from_rounding_in_half_precision(variant, monkeypatch):
+    see_one_token_ahead(monkeypatch)
+    with pytest.raises(gate.Failed, match="the future leaks"):
+        gate.Gate(config_of(variant, dtype="bfloat16"), batch_of()).parts()[CAUSAL]()
 
 
 PAIRS = ("mla+window", "strided+alibi", "mla+rope_yarn", "mla+moe_sigmoid", "fixed+moe_softmax", "layernorm+post_norm")

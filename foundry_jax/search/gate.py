@@ -25,7 +25,7 @@ from foundry_jax.schema import require
 from foundry_jax.search.subject import ROWS, Subject
 
 SHORTEST = 4  # tokens of a context: two documents of two
-# How far losses may differ, in nats; relatively where they are more than one. Sound models: 1e-6 between two programs
+# How far losses may differ, in nats; relatively where they are more than one. Sound models: 3e-6 between two programs
 # in float32, 0 in one (the architectures of tests/variants.py, and configs/tiny.py; XLA:CPU, 2026-11).
 ALIKE = 3e-5  # in one program in float32
 CLOSE = 1e-4  # in two programs in float32

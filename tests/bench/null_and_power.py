@@ -5,8 +5,9 @@
 Null: incumbent and contestant have the same config, and only their seeds differ, so every promotion is wrong. Power:
 the contestant's learning rate is known to be better, and both have the same seeds. Every sweep goes through the
 functions of a real one (measuring.evidence, verdict.judge, decision.choose), from run folders, at the default settings;
-the runs are trained many to a program, which is checked against train.run. Prints Markdown tables. Exits 1 if more than
+one program trains all runs, and is checked against train.run. Prints Markdown tables. Exits 1 if more than
 5 % of the null sweeps promote, or fewer than 80 % of those with a learning rate twice too small find the better one.
+5,200 runs took 19 minutes on 2 cores that 8 processes shared (2026-11).
 """
 
 import argparse
