@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from foundry_jax.errors import UserError
 from foundry_jax.search import measuring, verdict
 from foundry_jax.search.facts import Facts
 from foundry_jax.search.request import Request
@@ -117,17 +118,23 @@ def _add_others(facts: Facts, contestants: dict[str, dict[str, Any]], names: Seq
     """Adds the verdicts on all other metrics that the runs have; they are shown, and decide nothing."""
     if not names:
         return
-    own = measuring.metric_of(facts.request.metric)
-    for metric in map(measuring.metric_of, contestants[INCUMBENT]["mean"]):
-        if metric.name.startswith("ema_") or metric.name == own.name or _is_first_score(metric, own):
+    known = contestants[INCUMBENT]["mean"]
+    own = measuring.full_name(measuring.metric_of(facts.request.metric), known)
+    for metric in map(measuring.metric_of, known):
+        if metric.name.startswith("ema_") or metric.name == own:
             continue
-        found = judge_once(facts, names, metric, metric.default_min_effect)
-        for name, its in found.items():
+        able = [name for name in names if _has_comparable(facts, name, metric)]
+        for name, its in (judge_once(facts, able, metric, metric.default_min_effect) if able else {}).items():
             contestants[name]["others"][metric.name] = its.to_json()
 
 
-def _is_first_score(metric: measuring.Metric, own: measuring.Metric) -> bool:
-    return bool(own.task) and not own.score and metric.task == own.task
+def _has_comparable(facts: Facts, name: str, metric: measuring.Metric) -> bool:
+    """Returns whether a contestant can be compared in a metric: losses of another tokenizer cannot."""
+    try:
+        measuring.evidence(facts.folders(INCUMBENT), facts.folders(name), metric)
+    except UserError:
+        return False
+    return True
 
 
 def judge_once(facts: Facts, names: Sequence[str], metric: measuring.Metric, min_effect: float) -> dict[str, Verdict]:

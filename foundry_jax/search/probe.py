@@ -42,4 +42,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    command.restart_with_huge_pages()  # as the training process does: it is what the steps are timed for
     command.run(main)

@@ -193,7 +193,16 @@ class Sweep:
             if left:
                 write_json_atomic(paths[left[0]], {"status": "failed", "reason": trouble, "gate": [], "forecast": None})
         for name in names:
-            self.ledger.settle(f"probe/{name}", functools.partial(read_json, paths[name]))
+            self.ledger.settle(f"probe/{name}", functools.partial(self.probed, name, paths[name]))
+
+    def probed(self, name: str, path: pathlib.Path) -> dict[str, Any]:
+        """Returns what a probe found out; who was matched until nothing of the mutation was left is refused."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        incumbent = self.facts.probe(INCUMBENT).get("config")
+        if name != INCUMBENT and incumbent and found.get("config") == incumbent:
+            reason = f"--match={self.request.match} turns it into the incumbent; use another, such as flops."
+            return found | {"status": "refused", "reason": reason}
+        return found
 
     def choose_rates(self) -> None:
         """Settles the learning rate of each contestant, the incumbent's too: the best of a bracket on another seed.
@@ -454,11 +463,6 @@ def run_probe(task: pathlib.Path, log_file: pathlib.Path, patience: float) -> st
         raise Preempted("the sweep was asked to stop while it looked at its contestants; run it again to go on.")
     lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return f"looking at it ended with exit code {code}: {lines[-1] if lines else 'no output'}"
-
-
-def read_json(path: pathlib.Path) -> Any:
-    """Returns what a probe left."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def incumbent_hash(request: Request) -> str:

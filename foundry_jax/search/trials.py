@@ -9,6 +9,7 @@ from typing import Any
 
 from foundry_jax.config import Config, to_flat_dict
 from foundry_jax.runfolder import read_result
+from foundry_jax.search import measuring
 from foundry_jax.search.jobs import Job, Run, RunState
 
 ENVIRONMENT = ("versions", "git_commit", "device", "num_devices", "num_processes", "sharding")
@@ -64,15 +65,15 @@ def _job(trials: Sequence[Trial], share: float) -> Job:
 def outcome_of(trial: Trial, state: RunState) -> dict[str, Any]:
     """Returns what a run came to, for the ledger; `state` is what became of it."""
     result = read_result(trial.folder)
-    if result is None:
-        reason = state.reason or "it ended without a result"
+    reason = state.reason or "it ended without a result" if result is None else failed_tasks(result)
+    if reason:
         return {"folder": trial.key, "status": "failed", "reason": reason, "metrics": {}, "seconds": 0.0}
     return {
         "folder": trial.key,
         "status": "done",
         "reason": None,
         "step": result["step"],
-        "metrics": metrics_of(result),
+        "metrics": measuring.metrics_of(result),
         "seconds": math.fsum(result["seconds"].values()),
         "compile_seconds": result["seconds"]["compile"],
         "tokens": result["tokens"],
@@ -81,13 +82,7 @@ def outcome_of(trial: Trial, state: RunState) -> dict[str, Any]:
     }
 
 
-def metrics_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """Returns what a run is worth: of the validation text, and of its tasks as "mmlu/accuracy".
-
-    Scores of parts, such as one subject, are left out.
-    """
-    found = dict(result["validation"])
-    for label, task in (result.get("tasks") or {}).items():
-        scores = task.get("metrics", {})
-        found |= {f"{label}/{name}": score["value"] for name, score in scores.items() if "/" not in name}
-    return found
+def failed_tasks(result: Mapping[str, Any]) -> str | None:
+    """Returns which tasks failed at the end of a run, and why; None if none did."""
+    tasks = (result.get("tasks") or {}).items()
+    return "; ".join(f"{label}: {task['error']}" for label, task in tasks if "error" in task) or None
