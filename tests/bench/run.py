@@ -13,6 +13,7 @@ BENCHMARKS = (
     "conversion.py",
     "overhead.py",
     "crash_safety.py",
+    "sweep_crash_safety.py",
     "data_speed.py",
 )
 
