@@ -2,7 +2,7 @@
 
 python -m foundry_jax.main --config=configs/tiny.py          # or :mla, :gqa_1kv,lr=3e-4, ...
 
-On 2 CPU cores: 74 s, compilation included, imports not; 4.636 nats per token, 2.120 bits per byte (Python 3.11).
+On 2 CPU cores: 50 s, compilation included, imports not; 4.560 nats per token, 2.085 bits per byte (Python 3.11).
 """
 
 from ml_collections import ConfigDict

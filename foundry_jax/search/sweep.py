@@ -322,13 +322,14 @@ class Sweep:
         elif kind in ("retry", "left out"):
             log.warning("%s: %s; %s", event["job"], event["reason"], "left out" if kind == "left out" else "once more")
         elif kind == "step" and time.monotonic() - self.last_line > LINE_SECONDS:
-            self.last_line = time.monotonic()
-            under_way = {run: step for run, step in event["steps"].items() if step}
-            log.info("%s", ", ".join(f"{self.shown(run)} step {step}" for run, step in under_way.items()))
+            under_way = {run: step for run, step in event["steps"].items() if step and not runner.is_settled(run)}
+            if under_way:
+                self.last_line = time.monotonic()
+                log.info("%s", ", ".join(f"{self.shown(run)} step {step}" for run, step in under_way.items()))
 
-    def shown(self, folder: str) -> str:
+    def shown(self, folder: pathlib.Path) -> str:
         """Returns the path of a run as it is called within the sweep."""
-        return str(pathlib.Path(folder).relative_to(self.path))
+        return str(folder.relative_to(self.path))
 
     def halve(self, names: list[str]) -> list[str]:
         """Returns who is left of the contestants after the rungs: at each the better half, on paired differences.
