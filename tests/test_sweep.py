@@ -45,6 +45,8 @@ class World:
     gains: dict[str, float]
     failing: tuple[str, ...] = ()
     leaking: tuple[str, ...] = ()
+    crashing: tuple[str, ...] = ()
+    crashes: int = 0
     seconds: float = 10.0
     doomed: int | None = None
     trained: list[str] = dataclasses.field(default_factory=list)
@@ -56,13 +58,16 @@ class World:
             if self.doomed < 0:
                 raise Killed
 
-    def run_probe(self, task: pathlib.Path, log_file: pathlib.Path, patience: float) -> str:
+    def run_probe(self, task: pathlib.Path, log_file: pathlib.Path, patience: float) -> sweep.Trouble:
         asked = json.loads(task.read_text())
         for entry in asked["contestants"]:
             self.tick()
             found = space.settings(asked["spec"], Contestant(entry["name"], entry["argument"]), asked["overrides"])
+            if entry["name"] in self.crashing:
+                self.crashes += 1
+                return sweep.Trouble("looking at it was ended by signal 9", was_killed=True)
             write_json_atomic(entry["path"], self.probe(entry["name"], found))
-        return ""
+        return sweep.Trouble("looking at it ended with exit code 0", was_killed=False)
 
     def probe(self, name: str, settings: config.Config) -> dict:
         flat = to_flat_dict(settings)
@@ -242,6 +247,14 @@ def test_if_all_leak_nothing_is_trained(world):
     with pytest.raises(UserError, match=r"No contestant can be trained. layernorm: It did not pass the gate"):
         sweep.run(asked("norm", "layernorm"), here.folder, Options())
     assert not here.trained
+
+
+def test_a_contestant_that_brings_the_probe_down_is_tried_again_and_then_left_out(world):
+    here = world(gains={"layernorm_nobias": 0.1}, crashing=("layernorm",))
+    result = sweep.run(asked("norm", "layernorm", "layernorm_nobias"), here.folder, Options())
+    assert verdicts(result) == {INCUMBENT: "incumbent", "layernorm": "refused", "layernorm_nobias": "better"}
+    assert result["contestants"]["layernorm"]["reason"] == "looking at it was ended by signal 9"
+    assert here.crashes == 1 + sweep.PROBE_RETRIES
 
 
 def test_a_dry_run_trains_nothing(world):

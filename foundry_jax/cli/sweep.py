@@ -144,6 +144,14 @@ def show(result: dict[str, Any]) -> None:
         return
     console.print()
     console.print(verdict_table(result))
+    if rungs := result["rungs"]:
+        wrong = [name for name, one in rungs["audited"].items() if one["would_have_won"]]
+        better = (
+            f": {', '.join(wrong)} did better in the end than any that was kept; sweep it without --rungs"
+            if wrong
+            else ""
+        )
+        console.print(f"Of {rungs['checked']} left behind and checked, {rungs['wrong']} wrongly{better}.", markup=False)
     decision = result["decision"]
     console.print(decision["why"], markup=False)
     if decision["promoted"]:

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 TUNING_SEED = 1_000_000  # after first_seed: rates are chosen on other noise than what the verdict is about
 LEAST_SHARE = 0.1  # of the steps that --budget may leave
+PROBE_RETRIES = 3  # of one that is killed by a signal
 LINE_SECONDS = 20.0  # between lines that say how far it is
 
 
@@ -175,12 +176,13 @@ class Sweep:
         require(len(able) > 1 or self.options.dry_run, f"No contestant can be trained. {reasons}")
 
     def probe(self, names: Sequence[str], params: int | None) -> None:
-        """Has a process look at contestants; one that brings it down is refused, and the others go on."""
+        """Has a process look at contestants; one that brings it down again and again has failed, the others go on."""
         folder = self.path / "probes"
         folder.mkdir(exist_ok=True)
         names = [name for name in names if not self.facts.everybody[name].refusal]
         names = [name for name in names if f"probe/{name}" not in self.ledger]
         paths = {name: folder / f"{space.slug(name)}.json" for name in names}
+        kills = dict.fromkeys(names, 0)
         while missing := [name for name in names if not paths[name].exists()]:
             log.info("Looking at %s.", ", ".join(missing))
             entries = [
@@ -189,9 +191,12 @@ class Sweep:
             task = {"spec": self.request.config, "overrides": self.overrides, "params": params, "contestants": entries}
             write_json_atomic(folder / "task.json", task)
             trouble = run_probe(folder / "task.json", folder / "log.txt", self.options.patience)
-            left = [name for name in missing if not paths[name].exists()]
-            if left:
-                write_json_atomic(paths[left[0]], {"status": "failed", "reason": trouble, "gate": [], "forecast": None})
+            left = next((name for name in missing if not paths[name].exists()), None)
+            if left is not None and trouble.was_killed and kills[left] < PROBE_RETRIES:
+                kills[left] += 1  # perhaps it was not to blame
+            elif left is not None:
+                failed = {"status": "failed", "reason": trouble.text, "gate": [], "forecast": None}
+                write_json_atomic(paths[left], failed)
         for name in names:
             self.ledger.settle(f"probe/{name}", functools.partial(self.probed, name, paths[name]))
 
@@ -314,7 +319,7 @@ class Sweep:
     def tell(self, event: Mapping[str, Any]) -> None:
         """Shows what the runner does: each run that ends, what went wrong, and now and then how far it is."""
         kind = event["event"]
-        if kind == "run":
+        if kind == "run" and event["status"] != "paused":
             result = read_result(event["run"]) or {}
             loss = f", validation loss {result['validation']['loss']:.4f}" if result else ""
             reason = f": {event['reason']}" if event["reason"] else ""
@@ -354,7 +359,7 @@ class Sweep:
         order = sorted(names, key=lambda name: -gains[name])
         count = math.ceil(len(order) / 2)
         steps = step_at(self.facts.planned()[INCUMBENT], share)
-        log.info("After %d steps %s go on, %s do not.", steps, ", ".join(order[:count]), ", ".join(order[count:]))
+        log.info("Step %d: on with %s; left behind: %s.", steps, ", ".join(order[:count]), ", ".join(order[count:]))
         return {"steps": steps, "kept": order[:count], "pruned": order[count:], "gains": gains}
 
     def gain(self, name: str, share: float) -> float:
@@ -438,8 +443,16 @@ class Sweep:
         return {"promoted": None, "asked": False, "best": found.best, "why": found.why}
 
 
-def run_probe(task: pathlib.Path, log_file: pathlib.Path, patience: float) -> str:
-    """Runs the probe; returns how it failed, in case that it left something out.
+@dataclasses.dataclass(frozen=True)
+class Trouble:
+    """How a probe ended, in case that it left something out."""
+
+    text: str
+    was_killed: bool
+
+
+def run_probe(task: pathlib.Path, log_file: pathlib.Path, patience: float) -> Trouble:
+    """Runs the probe.
 
     Raises:
         Preempted: it was asked to stop.
@@ -456,14 +469,17 @@ def run_probe(task: pathlib.Path, log_file: pathlib.Path, patience: float) -> st
         try:
             code = process.wait(timeout=patience)
         except subprocess.TimeoutExpired:
-            return f"looking at it took more than {patience:.0f} seconds; see {log_file}, or raise --patience"
+            text = f"looking at it took more than {patience:.0f} seconds; see {log_file}, or raise --patience"
+            return Trouble(text, was_killed=False)
         finally:
             process.kill()
             process.wait()
     if code == EXIT_PREEMPTED:
         raise Preempted("the sweep was asked to stop while it looked at its contestants; run it again to go on.")
     lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"looking at it ended with exit code {code}: {lines[-1] if lines else 'no output'}"
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    text = f"looking at it {how}: {lines[-1] if lines else 'no output'}; see {log_file}"
+    return Trouble(text, was_killed=code < 0)
 
 
 def incumbent_hash(request: Request) -> str:

@@ -29,9 +29,9 @@ from foundry_jax.runfolder import read_result  # noqa: E402
 from foundry_jax.search.ledger import Ledger  # noqa: E402
 
 WORDS = ("norm=layernorm,layernorm_nobias", "lr=1e-3,3e-3")
-OVERRIDES = ("--config.num_steps=300", "--config.checkpoint.every=20", "--config.eval.every=100", "--seeds=6")
+OVERRIDES = ("--config.num_steps=600", "--config.checkpoint.every=20", "--config.eval.every=100", "--seeds=6")
 ORPHAN_SECONDS = 5.0  # the kernel kills a child at once; it may take a moment to be gone
-LONGEST_WAIT = 12.0  # seconds between kills: a worker needs about 5 to start and 2 for a run
+LONGEST_WAIT = 8.0  # seconds between kills: a worker needs about 5 to start and 2 for a run
 
 
 def main() -> None:
