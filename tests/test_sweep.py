@@ -16,7 +16,7 @@ from foundry_jax import config
 from foundry_jax.config import to_flat_dict
 from foundry_jax.errors import Preempted, UserError
 from foundry_jax.runfolder import write_json_atomic
-from foundry_jax.search import ledger, runner, space, sweep
+from foundry_jax.search import ledger, runner, space, sweep, trials
 from foundry_jax.search.jobs import RunState, write_failure
 from foundry_jax.search.ledger import Ledger
 from foundry_jax.search.request import Request, seconds_of
@@ -242,6 +242,14 @@ def test_a_leak_is_refused_and_the_others_go_on(world):
     assert result["decision"]["best"] == "layernorm_nobias"
 
 
+def test_what_ails_the_incumbent_can_be_mended(world):
+    here = world(gains={"layernorm": 0.1}, leaking=(INCUMBENT,))
+    with pytest.raises(UserError, match=r"The incumbent cannot be trained: It did not pass the gate"):
+        sweep.run(asked("norm", "layernorm"), here.folder, Options())
+    here.leaking = ()
+    assert sweep.run(asked("norm", "layernorm"), here.folder, Options())["decision"]["best"] == "layernorm"
+
+
 def test_if_all_leak_nothing_is_trained(world):
     here = world(gains={}, leaking=("layernorm",))
     with pytest.raises(UserError, match=r"No contestant can be trained. layernorm: It did not pass the gate"):
@@ -421,3 +429,12 @@ def test_an_unfinished_run_has_a_reason(world, monkeypatch):
     monkeypatch.setattr(runner, "run_jobs", crash)
     with pytest.raises(UserError, match=r"incumbent was not trained to the end.*killed by signal 9"):
         sweep.run(asked("norm", "layernorm"), here.folder, Options())
+
+
+def test_a_run_whose_task_failed_has_failed(tmp_path):
+    """Otherwise a contestant would be judged on the seeds whose tasks happened to work."""
+    run = trials.Trial("runs/mla/seed-0", tmp_path, config.load(SMOKE), "p")
+    tasks = {"mmlu": {"error": "no data."}, "gsm8k": {"metrics": {"accuracy": {"value": 0.5}}}}
+    write_json_atomic(tmp_path / "result.json", {"validation": {"loss": 3.0}, "tasks": tasks})
+    fact = trials.outcome_of(run, RunState("done"))
+    assert (fact["status"], fact["reason"]) == ("failed", "mmlu: no data.")

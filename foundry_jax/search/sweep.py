@@ -164,19 +164,18 @@ class Sweep:
         """
         if self.request.match == "params":  # they are matched before they are looked at
             self.probe([INCUMBENT], None)
-            incumbent = self.facts.probe(INCUMBENT)
-            self.probe(list(self.facts.everybody), (incumbent.get("forecast") or {}).get("params"))
+            self.probe(list(self.facts.everybody), self.facts.probe(INCUMBENT)["forecast"]["params"])
         else:
             self.probe(list(self.facts.everybody), None)
-        incumbent, able = self.facts.probe(INCUMBENT), self.facts.able()
-        require(incumbent["status"] == "ok", f"The incumbent cannot be trained: {incumbent['reason']}")
-        other = [n for n in able if self.facts.probe(n)["validation_hash"] != incumbent["validation_hash"]]
-        require(not other, f"{', '.join(other)} would be validated on another text than the incumbent.")
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.facts.refusals().items())
-        require(len(able) > 1 or self.options.dry_run, f"No contestant can be trained. {reasons}")
+        require(len(self.facts.able()) > 1 or self.options.dry_run, f"No contestant can be trained. {reasons}")
 
     def probe(self, names: Sequence[str], params: int | None) -> None:
-        """Has a process look at contestants; one that brings it down again and again has failed, the others go on."""
+        """Has a process look at contestants; one that brings it down again and again has failed, the others go on.
+
+        Raises:
+            UserError: the incumbent cannot be trained.
+        """
         folder = self.path / "probes"
         folder.mkdir(exist_ok=True)
         names = [name for name in names if not self.facts.everybody[name].refusal]
@@ -197,16 +196,24 @@ class Sweep:
             elif left is not None:
                 failed = {"status": "failed", "reason": trouble.text, "gate": [], "forecast": None}
                 write_json_atomic(paths[left], failed)
+        found = {name: json.loads(paths[name].read_text(encoding="utf-8")) for name in names}
+        if (incumbent := found.get(INCUMBENT)) and incumbent["status"] != "ok":
+            for path in paths.values():
+                path.unlink()  # nothing is settled, so that it can be mended
+            raise UserError(f"The incumbent cannot be trained: {incumbent['reason']}")
         for name in names:
-            self.ledger.settle(f"probe/{name}", functools.partial(self.probed, name, paths[name]))
+            self.ledger.settle(f"probe/{name}", functools.partial(self.probed, name, found[name]))
 
-    def probed(self, name: str, path: pathlib.Path) -> dict[str, Any]:
-        """Returns what a probe found out; who was matched until nothing of the mutation was left is refused."""
-        found = json.loads(path.read_text(encoding="utf-8"))
-        incumbent = self.facts.probe(INCUMBENT).get("config")
-        if name != INCUMBENT and incumbent and found.get("config") == incumbent:
+    def probed(self, name: str, found: dict[str, Any]) -> dict[str, Any]:
+        """Returns what a probe found out; who cannot be compared with the incumbent, or is it, is refused."""
+        incumbent = self.facts.probe(INCUMBENT)
+        if name == INCUMBENT or found["status"] != "ok":
+            return found
+        if found["config"] == incumbent["config"]:
             reason = f"--match={self.request.match} turns it into the incumbent; use another, such as flops."
             return found | {"status": "refused", "reason": reason}
+        if found["validation_hash"] != incumbent["validation_hash"]:
+            return found | {"status": "refused", "reason": "it would be validated on another text than the incumbent"}
         return found
 
     def choose_rates(self) -> None:
