@@ -47,6 +47,7 @@ class World:
     leaking: tuple[str, ...] = ()
     crashing: tuple[str, ...] = ()
     crashes: int = 0
+    validation_bytes: int | None = BYTES
     seconds: float = 10.0
     doomed: int | None = None
     trained: list[str] = dataclasses.field(default_factory=list)
@@ -73,6 +74,7 @@ class World:
         flat = to_flat_dict(settings)
         check = {"name": "causality", "passed": name not in self.leaking, "evidence": "token 3 sees 4", "seconds": 0.1}
         found = {"status": "ok", "reason": None, "gate": [check], "config": flat, "validation_hash": "77ab"}
+        found |= {"validation_tokens": 1240, "validation_bytes": self.validation_bytes, "scores": {}}
         if name in self.leaking:
             return found | {"status": "refused", "reason": "It did not pass the gate.", "forecast": None}
         tokens = settings.num_steps * 256
@@ -248,6 +250,20 @@ def test_what_ails_the_incumbent_can_be_mended(world):
         sweep.run(asked("norm", "layernorm"), here.folder, Options())
     here.leaking = ()
     assert sweep.run(asked("norm", "layernorm"), here.folder, Options())["decision"]["best"] == "layernorm"
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("mmlu", r"--metric=mmlu needs --eval-task=mmlu"),
+        ("bits_per_byte", r"There is no bits_per_byte.*use --metric=loss"),
+    ],
+)
+def test_a_metric_that_nobody_will_have_is_refused_before_training(world, metric, message):
+    here = world(gains={}, validation_bytes=None)
+    with pytest.raises(UserError, match=message):
+        sweep.run(asked("norm", "layernorm", metric=metric), here.folder, Options())
+    assert not here.trained
 
 
 def test_if_all_leak_nothing_is_trained(world):

@@ -213,3 +213,12 @@ def test_a_large_effect_is_found_and_so_is_equivalence():
     assert found.count("better") > 180
     found = [verdicts_of_sweep(rng, [0.0], min_effect=15.0, with_units=True)[0] for _ in range(200)]
     assert found.count("equivalent") > 180
+
+
+@pytest.mark.parametrize(("items", "expected"), [(4, "inconclusive"), (290, "inconclusive"), (310, "equivalent")])
+def test_items_that_nobody_answers_differently_prove_equivalence_only_if_there_are_enough(items, expected):
+    """0.99 ** 299 is 0.05."""
+    same = Evidence({0: 0.0, 1: 0.0, 2: 0.0}, np.zeros(items), "score", "items", are_scores=True)
+    found = judge({"a": same}, alpha=0.05, min_effect=0.01, look=Look(3, 3, 3))["a"]
+    assert found.verdict == expected and found.p_equivalent == pytest.approx(0.99**items)
+    assert found.verdict == "equivalent" or f"answered differently, but {items} are too few" in found.why

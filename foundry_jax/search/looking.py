@@ -1,6 +1,7 @@
 """What there is to know of a contestant before it is trained: whether it can be built, what it costs, whether it leaks.
 
     {"status": "ok", "reason": null, "config": {...}, "program": "3fa1...", "validation_hash": "77ab...",
+     "validation_tokens": 51200, "validation_bytes": 180000, "scores": {"mmlu": ["accuracy", ...]},
      "forecast": {"params": ..., ...}, "gate": [{"name": "causality", "passed": true, ...}]}
 
 Contestants with equal "program" can be trained by one executable. A contestant that cannot be built, or does not pass
@@ -11,7 +12,7 @@ import dataclasses
 import logging
 import statistics
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -30,6 +31,9 @@ from foundry_jax.train_step import Program
 TIMED_STEPS = 10
 TIMED_SECONDS = 5.0  # no more than these, and at least two steps
 
+if TYPE_CHECKING:
+    from foundry_jax.tasks.in_loop import Scheduled
+
 log = logging.getLogger(__name__)
 
 
@@ -38,7 +42,7 @@ def look_at(spec: str, contestant: Contestant, overrides: list[str], params: int
     start = time.perf_counter()
     found: dict[str, Any] = {"status": "ok", "reason": None, "gate": []}
     try:
-        config, corpus = prepare(settings(spec, contestant, overrides))
+        config, corpus, tasks = prepare(settings(spec, contestant, overrides))
         if params is not None:
             config = with_params(config, params, lambda one: transformer.num_params(one.model))
         plan = forecast.plan_of(config, jax.device_count())
@@ -50,6 +54,9 @@ def look_at(spec: str, contestant: Contestant, overrides: list[str], params: int
         "config": to_flat_dict(config),
         "program": program_key(config, plan),
         "validation_hash": corpus.validation_hash,
+        "validation_tokens": len(corpus.validation_tokens),
+        "validation_bytes": corpus.validation_bytes,
+        "scores": {task.label: list(task.task.metrics) for task in tasks},
     }
     found["gate"] = [dataclasses.asdict(check) for check in gate.check(config, first_batch(batches))]
     if failed := [check for check in found["gate"] if not check["passed"]]:
@@ -60,8 +67,8 @@ def look_at(spec: str, contestant: Contestant, overrides: list[str], params: int
     return found
 
 
-def prepare(config: Config) -> tuple[Config, data.Corpus]:
-    """Returns the config with its vocabulary known, and its data; as train.run would have them.
+def prepare(config: Config) -> "tuple[Config, data.Corpus, list[Scheduled]]":
+    """Returns the config with its vocabulary known, its data, and its tasks; as train.run would have them.
 
     Raises:
         UserError: what train.run would raise before it starts.
@@ -70,9 +77,9 @@ def prepare(config: Config) -> tuple[Config, data.Corpus]:
     Program.of(config)
     train.require_known_trackers(config)
     source = train.open_source(config)
-    train.tasks_of(config)
+    tasks = train.tasks_of(config)
     corpus = data.prepare(config.data, train.tokenizer_of(config, source))
-    return train.with_vocabulary(config, train.vocab_size_of(config, corpus, source)), corpus
+    return train.with_vocabulary(config, train.vocab_size_of(config, corpus, source)), corpus, tasks
 
 
 def program_key(config: Config, plan: sharding.Plan) -> str:

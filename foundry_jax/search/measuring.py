@@ -218,6 +218,7 @@ def evidence(incumbent: Mapping[int, Folder], contestant: Mapping[int, Folder], 
         units=None if units is None else metric.sign * units * len(units),
         unit=metric.unit,
         parts="items" if metric.task else "groups of validation text",
+        are_scores=bool(metric.task),
     )
 
 

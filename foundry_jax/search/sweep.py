@@ -27,6 +27,7 @@ from typing import Any
 
 from foundry_jax.config import to_flat_dict
 from foundry_jax.errors import EXIT_PREEMPTED, Preempted, UserError
+from foundry_jax.registry import unknown
 from foundry_jax.runfolder import RunFolder, read_metrics, read_result, write_json_atomic
 from foundry_jax.schema import require
 from foundry_jax.search import lineage, matching, measuring, outcome, runner, space, verdict
@@ -160,13 +161,14 @@ class Sweep:
         """Settles what each contestant is and costs, and whether it passes the gate.
 
         Raises:
-            UserError: the incumbent cannot be trained, or nobody else can.
+            UserError: the incumbent cannot be trained, or nobody else can; or nobody will have the metric.
         """
         if self.request.match == "params":  # they are matched before they are looked at
             self.probe([INCUMBENT], None)
             self.probe(list(self.facts.everybody), self.facts.probe(INCUMBENT)["forecast"]["params"])
         else:
             self.probe(list(self.facts.everybody), None)
+        self.require_metric()
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.facts.refusals().items())
         require(len(self.facts.able()) > 1 or self.options.dry_run, f"No contestant can be trained. {reasons}")
 
@@ -214,7 +216,27 @@ class Sweep:
             return found | {"status": "refused", "reason": reason}
         if found["validation_hash"] != incumbent["validation_hash"]:
             return found | {"status": "refused", "reason": "it would be validated on another text than the incumbent"}
+        in_tokens = self.metric.name in ("loss", "ema_loss")
+        if in_tokens and found["validation_tokens"] != incumbent["validation_tokens"]:
+            reason = f"it cuts the text into other tokens, so {self.metric.name} would not be comparable"
+            return found | {"status": "refused", "reason": f"{reason}; use --metric=bits_per_byte"}
         return found
+
+    def require_metric(self) -> None:
+        """Raises UserError if the runs will not have the metric that decides: better now than after the training."""
+        incumbent, metric = self.facts.probe(INCUMBENT), self.metric
+        if not metric.task:
+            need_bytes = metric.name.endswith("bits_per_byte") and incumbent["validation_bytes"] is None
+            require(
+                not need_bytes,
+                f"There is no {metric.name}, because the size in bytes of the validation text is not known: use "
+                f"--metric={metric.name.replace('bits_per_byte', 'loss')}, or give data.tokenizer_path.",
+            )
+            return
+        scores = incumbent["scores"].get(metric.task)
+        require(scores is not None, f"--metric={metric.name} needs --eval-task={metric.task}, or eval.tasks with it.")
+        if metric.score and metric.score.partition("/")[0] not in scores:
+            raise UserError(unknown(metric.score, scores, f"score of {metric.task}"))
 
     def choose_rates(self) -> None:
         """Settles the learning rate of each contestant, the incumbent's too: the best of a bracket on another seed.

@@ -37,12 +37,14 @@ class Evidence:
         mean is the effect; None where they are not known.
     unit: of the differences, for people: "bits per byte".
     parts: what the units are, for people: "items".
+    are_scores: whether units are differences of scores between 0 and 1, such as right or wrong.
     """
 
     seeds: Mapping[int, float]
     units: np.ndarray | None = None
     unit: str = ""
     parts: str = "parts"
+    are_scores: bool = False
 
     def __post_init__(self):
         finite = np.isfinite(list(self.seeds.values())).all() and (self.units is None or np.isfinite(self.units).all())
@@ -167,7 +169,7 @@ def judge(
     family, level = max(family, len(evidence)), look.level(alpha)
     samples = {name: _samples(one) for name, one in evidence.items()}
     p_values = {name: max(map(p_different, found)) for name, found in samples.items()}
-    p_equivalent = {name: max(p_within(x, min_effect) for x in found) for name, found in samples.items()}
+    p_equivalent = {name: _p_equivalent(one, min_effect) for name, one in evidence.items()}
     levels, equivalence_levels = holm(p_values, level, family), holm(p_equivalent, level, family)
     return {
         name: _verdict(one, p_values[name], levels[name], p_equivalent[name], equivalence_levels[name], min_effect)
@@ -226,6 +228,23 @@ def p_within(x: np.ndarray, bound: float) -> float:
     if error == 0:
         return float(room <= 0)
     return float(special.stdtr(len(x) - 1, -room / error))
+
+
+def _p_equivalent(evidence: Evidence, bound: float) -> float:
+    """Returns the p-value of a difference of `bound` or more; 1 for a bound of 0.
+
+    If no item was answered differently there is no spread to judge by. Then it is the probability of that if as many
+    items as the bound says are answered differently: four items that both get wrong prove nothing.
+    """
+    found = [p_within(x, bound) for x in _samples(evidence)]
+    if _are_all_alike(evidence):
+        found.append(max(0.0, 1 - bound) ** len(evidence.units))
+    return max(found)
+
+
+def _are_all_alike(evidence: Evidence) -> bool:
+    """Returns whether no item was answered differently."""
+    return evidence.are_scores and evidence.units is not None and not np.any(evidence.units)
 
 
 def interval_of(x: np.ndarray, level: float) -> tuple[float, float]:
@@ -310,6 +329,11 @@ def _why(verdict: str, told: Verdict, evidence: Evidence, equivalence_level: flo
         return (
             f"{size}: differences of {min_effect:g}{unit} or more are ruled out on both sides over "
             f"{_counted(told, evidence)}, p = {told.p_equivalent:.2g} at level {equivalence_level:.2g}."
+        )
+    if _are_all_alike(evidence):
+        return (
+            f"no item was answered differently, but {told.over_units.n} are too few to rule out differences of "
+            f"{min_effect:g}{unit}: take more items."
         )
     if _is_different(told):
         return f"{size}, which is less than {min_effect:g}{unit}, but more cannot be ruled out: {seen}."
