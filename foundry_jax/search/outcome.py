@@ -45,6 +45,7 @@ def result_of(facts: Facts, verdicts: Mapping[str, Verdict], decision: Mapping[s
         "hashes": {
             "code": begin["code"],
             "validation": facts.probe(INCUMBENT).get("validation_hash"),
+            "items": _item_hashes(facts),
             "lineage": begin["lineage"],
             "incumbent": begin["incumbent"],
         },
@@ -69,6 +70,15 @@ def _cost(facts: Facts) -> dict[str, Any]:
             for shown, key in {"run_seconds": "seconds", "compile_seconds": "compile_seconds", "flops": "flops"}.items()
         },
     }
+
+
+def _item_hashes(facts: Facts) -> dict[str, str]:
+    """Returns {task: what names its items and prompts}."""
+    folder = next(iter(facts.folders(INCUMBENT).values()), None)
+    if folder is None:
+        return {}
+    tasks = facts.probe(INCUMBENT)["scores"]
+    return {task: measuring.measure(folder, measuring.metric_of(task)).hash for task in tasks}
 
 
 def _environment(facts: Facts) -> dict[str, Any] | None:
