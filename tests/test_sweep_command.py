@@ -78,7 +78,7 @@ def test_a_sweep_can_be_decided_by_a_task(checkout):
     done = run(words, checkout)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["metric"]["name"] == "constitution"
+    assert result["metric"]["name"] == "constitution" and result["hashes"]["items"].keys() == {"constitution"}
     contestant = result["contestants"]["layernorm"]
     assert contestant["verdict"]["over_units"]["n"] == len(PAIRS)
     assert "bits_per_byte" in contestant["others"]
