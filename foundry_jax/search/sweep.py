@@ -7,7 +7,7 @@
     SWEEP/jobs/           what ran together, and what it printed (runner.py)
     SWEEP/result.json     everything, once it is decided
 
-Whatever kills it, the same command goes on with what is settled, and comes to the same decision. Imports no JAX: the
+Whatever kills it, the same command goes on with what is settled, and comes to the same decision. Starts no JAX: the
 devices belong to the processes that it starts.
 """
 
