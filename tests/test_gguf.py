@@ -530,7 +530,7 @@ def test_a_tokenizer_without_any_known_separator_takes_the_end_of_the_model(tmp_
     again = load_tokenizer(tmp_path)
     assert (again.separator_id, again.hash) == (2, tokenizer.hash)
     assert again.encode(TEXT) == tokenizer.encode(TEXT)
-    assert tokenizers.Tokenizer.from_str(again.library_json()).token_to_id("<|im_end|>") == 2
+    assert tokenizers.Tokenizer.from_str(again.tokenizer_json()).token_to_id("<|im_end|>") == 2
 
 
 def test_other_tokenizers_are_refused_unless_a_file_lies_beside(tmp_path):

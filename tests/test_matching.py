@@ -36,7 +36,7 @@ def test_the_steps_bring_the_contestant_to_what_the_incumbent_has(by, changes, s
     contestant = dataclasses.replace(INCUMBENT, **changes)
     matched = match(INCUMBENT, contestant, load(TINY), by)
     assert matched.num_steps == steps
-    ratios = report(INCUMBENT, contestant.with_steps(steps))
+    ratios = report(INCUMBENT, dataclasses.replace(contestant, steps=steps))
     if steps > 1:
         assert ratios[by] == pytest.approx(1, abs=0.5 / steps)
 

@@ -16,7 +16,7 @@ from foundry_jax.config import to_flat_dict
 from foundry_jax.errors import MachineError, Preempted, UserError
 from foundry_jax.runfolder import read_result
 from foundry_jax.search import runner, slots
-from foundry_jax.search.jobs import Job, Run, RunState, read_job, write_failure
+from foundry_jax.search.jobs import Job, Run, RunState, read_failure, read_job, write_failure
 from foundry_jax.search.runner import run_jobs
 from tests.processes import ROOT, SMALL_TEXT, SMOKE
 
@@ -138,8 +138,8 @@ def test_a_run_that_failed_for_good_is_not_trained_again(stand_in, tmp_path):
     outcome = carry_out(tmp_path, job)[0]["job"]
     assert outcome.status == "done" and not (job.runs[0].folder / "starts").exists()
     assert outcome.runs[job.runs[0].folder] == RunState("failed", "5 steps in a row were not finite", "diverged")
-    assert runner.failure_of(job.runs[0].folder) == "5 steps in a row were not finite"
-    assert runner.failure_of(job.runs[1].folder) is None
+    assert read_failure(job.runs[0].folder)["reason"] == "5 steps in a row were not finite"
+    assert read_failure(job.runs[1].folder) is None
     assert runner.is_settled(job.runs[0].folder) and runner.is_settled(job.runs[1].folder)
     assert not runner.is_settled(tmp_path)
 

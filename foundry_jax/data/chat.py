@@ -160,7 +160,7 @@ class Chat:
     def _twin(self) -> tokenizers.Tokenizer | None:
         if not isinstance(self.tokenizer, BPETokenizer):  # the others have no control tokens
             return None
-        return _twin_of(json.loads(self.tokenizer.library_json()), self.tokenizer.control_ids)
+        return _twin_of(json.loads(self.tokenizer.tokenizer_json()), self.tokenizer.control_ids)
 
 
 def encode_chat(

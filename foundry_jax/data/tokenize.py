@@ -289,13 +289,13 @@ class BPETokenizer(Tokenizer):
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         return self._fitted.decode([int(index) for index in ids], skip_special_tokens=skip_special)
 
-    def library_json(self) -> str:
+    def tokenizer_json(self) -> str:
         """Returns the tokenizer.json that the `tokenizers` library and transformers read."""
         return self._fitted.to_str()
 
     def to_json(self) -> dict[str, Any]:
         """Returns the library's JSON; for a separator not in SEPARATORS, {"separator": ..., "tokenizer": that JSON}."""
-        value = json.loads(self.library_json())
+        value = json.loads(self.tokenizer_json())
         separator = self._fitted.id_to_token(self.separator_id)
         return value if separator in SEPARATORS else {"separator": separator, "tokenizer": value}
 

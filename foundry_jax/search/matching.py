@@ -50,10 +50,6 @@ class Cost:
         flops = self.tokens_per_step * self.flops_per_token
         return {"steps": 1, "tokens": self.tokens_per_step, "flops": flops, "seconds": self.seconds_per_step}
 
-    def with_steps(self, steps: int) -> "Cost":
-        """Returns the cost of the same run with another number of steps."""
-        return dataclasses.replace(self, steps=steps)
-
 
 def match(
     incumbent: Cost,

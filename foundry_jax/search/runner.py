@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from foundry_jax.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, MachineError, Preempted
 from foundry_jax.schema import require
-from foundry_jax.search.jobs import EXIT_MACHINE, FINAL, Job, Run, RunState, read_failure, read_status
+from foundry_jax.search.jobs import EXIT_MACHINE, FINAL, Job, Run, RunState, read_status
 from foundry_jax.search.slots import Slot, divide
 
 WORKER = (sys.executable, "-m", "foundry_jax.search.worker")
@@ -212,12 +212,6 @@ def die_with_parent(parent: int | None = None) -> None:
 def is_settled(folder: pathlib.Path) -> bool:
     """Returns whether a run has a result, or has failed for good."""
     return any((folder / name).exists() for name in FINAL)
-
-
-def failure_of(folder: pathlib.Path) -> str | None:
-    """Returns why a run failed for good; None if it did not."""
-    failure = read_failure(folder)
-    return failure["reason"] if failure else None
 
 
 class _Runner:

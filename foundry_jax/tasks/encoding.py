@@ -146,7 +146,7 @@ def _library_of(tokenizer: Tokenizer) -> tokenizers.Tokenizer | None:
     """Returns the tokenizer as its file describes it; None: it has neither control tokens nor a template."""
     if not isinstance(tokenizer, BPETokenizer):
         return None
-    return tokenizers.Tokenizer.from_str(tokenizer.library_json())
+    return tokenizers.Tokenizer.from_str(tokenizer.tokenizer_json())
 
 
 def _first(*ids: int | None) -> int | None:

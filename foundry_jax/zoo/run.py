@@ -78,7 +78,7 @@ class RunSource(Source):
             facts["chat_template"] = tokenizer.chat_template
         facts["model_max_length"] = self.model.context_length
         return {
-            "tokenizer.json": tokenizer.library_json(),
+            "tokenizer.json": tokenizer.tokenizer_json(),
             "tokenizer_config.json": json.dumps(facts, indent=2, ensure_ascii=False),
         }
 

@@ -227,11 +227,17 @@ def paired(worse: Folders, better: Folders, seeds: int) -> int:
 def noise(runs: Folders) -> str:
     """Returns one line on how much runs differ that differ in their seeds only."""
     half = len(runs) // 2
-    pairs = [[measuring.measure(run, METRIC) for run in pair] for pair in zip(runs[:half], runs[half:], strict=False)]
+    pairs = [
+        [measuring.measure(run, METRIC) for run in pair]
+        for pair in zip(runs[:half], runs[half : 2 * half], strict=True)
+    ]
     gains = [a.value - b.value for a, b in pairs]
     spread = np.std([one.value for pair in pairs for one in pair], ddof=1)
     sequences = np.mean([neighbours(a.units - b.units) for a, b in pairs])
-    found = [measuring.evidence({0: a}, {0: b}, METRIC).units for a, b in zip(runs[:half], runs[half:], strict=False)]
+    found = [
+        measuring.evidence({0: a}, {0: b}, METRIC).units
+        for a, b in zip(runs[:half], runs[half : 2 * half], strict=True)
+    ]
     groups, mean = np.mean([neighbours(units) for units in found]), np.mean([a.value for a, _ in pairs])
     return (
         f"{len(runs)} runs of {mean:.3f} bits per byte; standard deviation {spread:.4f}, of differences "

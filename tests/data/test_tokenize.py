@@ -169,7 +169,7 @@ def test_control_tokens_are_known_by_their_spelling_and_can_be_left_out_of_a_tex
 
 def test_what_a_template_puts_before_a_text_is_known_and_never_encoded(bpe):
     assert bpe.start_ids == ByteTokenizer().start_ids == ()
-    backend = tokenizers.Tokenizer.from_str(bpe.library_json())
+    backend = tokenizers.Tokenizer.from_str(bpe.tokenizer_json())
     backend.add_special_tokens(["<s>", "</s>"])
     ids = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
     backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
@@ -180,7 +180,7 @@ def test_what_a_template_puts_before_a_text_is_known_and_never_encoded(bpe):
 
 def test_without_a_known_separator_the_end_of_the_model_is_one(bpe, tmp_path):
     path = tmp_path / "tokenizer.json"
-    path.write_text(bpe.library_json().replace(SEPARATOR, "<end>"), "utf-8")
+    path.write_text(bpe.tokenizer_json().replace(SEPARATOR, "<end>"), "utf-8")
     with pytest.raises(UserError, match="no token for the end of a document"):
         load_tokenizer(path)
     with pytest.raises(UserError, match="no token for the end of a document"):
