@@ -66,13 +66,15 @@ def get_config(arg: str = "") -> ConfigDict:
     c.lora.rslora = False  # alpha / sqrt(rank) instead, which suits large ranks
 
     c.data = ConfigDict()
-    c.data.source = "pystdlib"  # pystdlib, text, chat, bin
-    c.data.path = ""  # text: a file, folder or glob; chat: the same of JSONL; bin: a folder with train.bin and val.bin
-    c.data.tokenizer = "bpe"  # char, byte, bpe
-    c.data.tokenizer_path = ""  # a tokenizer.json; empty: fit one on the training documents
+    c.data.source = "pystdlib"  # pystdlib, text, jsonl, parquet, chat, ..., or several: text(path="a", weight=2), chat
+    c.data.path = ""  # of the sources that name none: a file, folder or glob; bin: a folder with train.bin and val.bin
+    c.data.tokenizer = "bpe"  # char, byte, bpe: fitted, if no model to start from brings one; or a tokenizer.json
     c.data.vocab_size = 8192  # of a fitted BPE tokenizer
-    c.data.split = "document"  # document: by hash of its name; tail: the end of the text (nanoGPT)
-    c.data.validation_fraction = 0.05  # share of the documents, or of the text, that is never trained on
+    c.data.validation = "document(fraction=0.05)"  # not trained on; document: by a hash of its name; tail: the end
+    c.data.filters = ""  # what training documents must pass, in order: length(min=200), exact, near(threshold=0.8), ...
+    c.data.format = "own"  # how conversations are spelled: own (the tokenizer's template), chatml, llama3, alpaca
+    c.data.packing = "stream"  # documents to sequences: stream, split, pad, first_fit, best_fit
+    c.data.curriculum = "none"  # what comes first: none, length(pacing="linear", start=0.2, steps=0.5), ...
     c.data.batch_size = 64  # sequences, or pairs, per optimizer step, over all devices
     c.data.preferences = ""  # for dpo and ipo: a JSONL file with the fields prompt, chosen, rejected
     c.data.cache_dir = ""  # token cache; empty: $FOUNDRY_CACHE or ~/.cache/foundry_jax
@@ -81,9 +83,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.name = "adamw"  # adamw, lion
     c.optimizer.learning_rate = 6e-4  # peak
     c.optimizer.min_learning_rate = 6e-5  # at the last step
-    c.optimizer.schedule = "cosine"  # cosine, linear, wsd, constant
+    c.optimizer.schedule = "cosine"  # cosine, linear, constant, wsd(decay_fraction=0.2): a fifth decays
     c.optimizer.warmup_steps = 100  # of linear warm-up
-    c.optimizer.decay_fraction = 0.2  # wsd: share of the steps spent decaying
     c.optimizer.weight_decay = 0.1  # decoupled; matrices only
     c.optimizer.decay_embeddings = True  # whether weight decay reaches the embedding and output matrices
     c.optimizer.beta1 = 0.9  # decay of the first moment

@@ -1,6 +1,6 @@
 """Finetuning a pretrained model on text or conversations: low-rank adapters (LoRA), or all parameters with lora_rank=0.
 
-    python -m foundry_jax.main --config=configs/finetune.py --config.data.path=book.txt --config.data.split=tail
+    python -m foundry_jax.main --config=configs/finetune.py --config.data.path=book.txt --config.data.validation=tail
     python -m foundry_jax.main --config=configs/finetune.py --config.data.source=chat --config.data.path=chats.jsonl
 
 The argument may begin with model= and a name of the zoo, a folder, a GGUF file or a run; mutations follow. One of the
@@ -10,7 +10,7 @@ Adapters want a rate of about 2e-4, all parameters one of about 2e-5 (lora_rank=
 model.dtype=bfloat16, and model.remat=none if memory allows.
 
 The default model on tinyshakespeare.txt (:batch_size=4,steps=40,warmup=4 with model.context_length=128 and
-data.validation_fraction=0.01): 3.93 nats per token before, 3.55 after; 7 minutes on 2 busy CPU cores (2026-11).
+data.validation="tail(0.01)"): 3.93 nats per token before, 3.55 after; 7 minutes on 2 busy CPU cores (2026-11).
 """
 
 from ml_collections import ConfigDict

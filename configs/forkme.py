@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # Your own text: one file, a folder, or a glob. Each file is a document; a twentieth of them is for validation.
     # c.data.source = "text"
     # c.data.path = "texts/**/*.txt"
-    # c.data.validation_fraction = 0.05
+    # c.data.validation = "document(fraction=0.05)"
 
     # The architecture.
     c.model.num_layers = 2

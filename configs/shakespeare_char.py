@@ -30,8 +30,7 @@ def _common() -> ConfigDict:
     c.data.source = "text"
     c.data.path = "tinyshakespeare.txt"
     c.data.tokenizer = "char"
-    c.data.split = "tail"  # nanoGPT: the last tenth of the text is for validation
-    c.data.validation_fraction = 0.1
+    c.data.validation = "tail(fraction=0.1)"  # nanoGPT: the last tenth of the text
     c.model.num_kv_heads = 0  # nanoGPT has one key/value head per query head
     c.optimizer.learning_rate = 1e-3
     c.optimizer.min_learning_rate = 1e-4

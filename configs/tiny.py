@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.qk_rope_head_dim = 16
     c.model.v_head_dim = 32
     c.data.vocab_size = 2048
-    c.data.validation_fraction = 0.01
+    c.data.validation = "document(fraction=0.01)"
     c.data.batch_size = 16
     c.optimizer.learning_rate = 3e-3
     c.optimizer.min_learning_rate = 3e-4

@@ -8,7 +8,7 @@ import pathlib
 import re
 
 from foundry_jax import mutate, optimizer
-from foundry_jax.config import SCHEDULES, SPLITS, STRATEGIES
+from foundry_jax.config import SCHEDULES, STRATEGIES
 from foundry_jax.data.sources import SOURCES
 from foundry_jax.data.tokenize import TOKENIZERS
 from foundry_jax.losses import LOSSES
@@ -32,7 +32,6 @@ CHOICES = {
     "model.remat": REMAT_POLICIES,
     "data.source": SOURCES,
     "data.tokenizer": TOKENIZERS,
-    "data.split": SPLITS,
     "optimizer.name": optimizer.OPTIMIZERS,
     "optimizer.schedule": SCHEDULES,
     "loss.name": LOSSES,

@@ -34,7 +34,7 @@ NUMBERS = ("softcap", "sliding_window", "pattern=SSSL", "tie_embeddings=false", 
 # They train on pairs of completions and not on the corpus, so their bits per byte would say nothing.
 ON_PAIRS = ("dpo", "ipo")
 # Not a change of the model or the loss.
-RECIPE = ("schedule", "optimizer")
+RECIPE = ("schedule", "optimizer", "conversation_format", "packing", "curriculum", "data_filter")
 
 HEAD = """\
 # Variants

@@ -141,11 +141,15 @@ def compile_population_step(program: Program, plan: Plan, batch_shape: tuple[int
 
 
 @functools.lru_cache(maxsize=8)
-def compile_eval_step(program: Program, plan: Plan, batch_shape: tuple[int, ...]):
+def compile_eval_step(program: Program, plan: Plan, batch_shape: tuple[int, ...], *, packed: bool = False):
     """Returns the compiled (parameters, batch, hyperparameters, base) -> (nats, targets) of each sequence.
 
     They are whole on every device. Call it within plan.context().
+
+    Args:
+        packed: of the batches that are evaluated, whatever those of training are.
     """
+    program = dataclasses.replace(program, packed=packed)
     inputs = abstract_inputs(program, plan, batch_shape)
     step = jax.jit(functools.partial(eval_step, program), out_shardings=_everywhere(plan))
     return step.lower(inputs.state.params, inputs.batch, inputs.hyper, inputs.base).compile(_options())
@@ -170,9 +174,12 @@ def abstract_inputs(program: Program, plan: Plan, batch_shape: tuple[int, ...]) 
     array = functools.partial(jax.ShapeDtypeStruct, sharding=plan.batch_sharding())
     batch = {"inputs": array(batch_shape, np.int32), "targets": array(batch_shape, np.int32)}
     batch["weights"] = array(batch_shape, np.float32)
-    if len(batch_shape) == 3:
+    if program.packed or len(batch_shape) == 3:
         batch["positions"] = array(batch_shape, np.int32)
+    if len(batch_shape) == 3:
         batch["reference"] = array(batch_shape[:2], np.float32)
+    elif program.packed:
+        batch["segments"] = array(batch_shape, np.int32)
     state, base = (_laid_out(jax.eval_shape(init(program), hyper), plan) for init in (_boxed_init, _boxed_base))
     return Inputs(state, batch, hyper, base)
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from foundry_jax.errors import UserError
 from foundry_jax.model.config import ModelConfig, scale_of
 from foundry_jax.registry import lookup, unknown
-from foundry_jax.schema import build, calls, coerce, require, require_range
+from foundry_jax.schema import build, calls, coerce, require, require_range, variant
 
 SCHEDULES = {
     "cosine": "half a cosine from the peak to the minimum",
@@ -39,7 +39,6 @@ PAIR_LOSSES = {
 LOSSES = TOKEN_LOSSES | PAIR_LOSSES
 # Which losses have which numbers; each is 0 for the others.
 LOSS_NUMBERS = {"label_smoothing": ("cross_entropy", "dpo"), "z_loss": ("cross_entropy", "focal")}
-SPLITS = ("document", "tail")
 STRATEGIES = ("auto", "none", "ddp", "fsdp")
 
 
@@ -81,19 +80,31 @@ class DataConfig:
     source: str
     path: str
     tokenizer: str
-    tokenizer_path: str
     vocab_size: int
-    split: str
-    validation_fraction: float
+    validation: str
+    filters: str
+    format: str
+    packing: str
+    curriculum: str
     batch_size: int
     preferences: str
     cache_dir: str
 
     def __post_init__(self):
-        require_range(
-            self, "data.", vocab_size=(257, 2**31 - 1), validation_fraction=(0.0001, 0.5), batch_size=(1, math.inf)
-        )
-        require(self.split in SPLITS, f"data.split={self.split!r} must be one of {', '.join(SPLITS)}.")
+        require_range(self, "data.", vocab_size=(257, 2**31 - 1), batch_size=(1, math.inf))
+        from foundry_jax.data import settings  # imports numpy and tokenizers, which --help does without
+
+        settings.check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmupStableDecay:
+    """The numbers of the schedule wsd: the share of the steps spent decaying."""
+
+    decay_fraction: float = 0.2
+
+    def __post_init__(self):
+        require_range(self, "optimizer.schedule=wsd: ", decay_fraction=(0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +116,6 @@ class OptimizerConfig:
     min_learning_rate: float
     schedule: str
     warmup_steps: int
-    decay_fraction: float
     weight_decay: float
     decay_embeddings: bool
     beta1: float
@@ -119,10 +129,25 @@ class OptimizerConfig:
         inf = math.inf
         require_range(
             self, "optimizer.", learning_rate=(0, 1e3), min_learning_rate=(0, 1e3), warmup_steps=(0, inf),
-            decay_fraction=(0, 1), weight_decay=(0, inf), beta1=(0, 0.99999999), beta2=(0, 0.99999999),
-            epsilon=(0, 1), clip_norm=(0, inf), ema_decay=(0, 0.99999999), accumulation_steps=(1, inf))  # fmt: skip
-        lookup(SCHEDULES, self.schedule, "optimizer.schedule")
+            weight_decay=(0, inf), beta1=(0, 0.99999999), beta2=(0, 0.99999999), epsilon=(0, 1), clip_norm=(0, inf),
+            ema_decay=(0, 0.99999999), accumulation_steps=(1, inf))  # fmt: skip
+        lookup(SCHEDULES, self.schedule_name, "optimizer.schedule")
         lookup(OPTIMIZERS, self.name, "optimizer.name")
+        self.schedule_numbers()
+
+    @property
+    def schedule_name(self) -> str:
+        """The schedule without its numbers."""
+        return self.schedule.partition("(")[0].strip()
+
+    def schedule_numbers(self) -> WarmupStableDecay | None:
+        """Returns the numbers of the schedule, None if it has none.
+
+        Raises:
+            UserError: a number that it does not have, or one out of range.
+        """
+        table = dict.fromkeys(SCHEDULES) | {"wsd": WarmupStableDecay}
+        return variant(self.schedule, table, "optimizer.schedule")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +292,13 @@ class Config:
             f"data.preferences={path!r} is not used by loss.name={self.loss.name}: set loss.name to "
             f"{' or '.join(PAIR_LOSSES)}, or data.preferences to nothing.",
         )
+        for key, plain in {"packing": "stream", "curriculum": "none", "filters": ""}.items() if pairs else ():
+            value = getattr(self.data, key)
+            require(
+                value == plain,
+                f"data.{key}={value!r} has no meaning with loss.name={self.loss.name}, which reads pairs as they are: "
+                f"set it to {plain!r}.",
+            )
 
     @property
     def batch_shape(self) -> tuple[int, ...]:

@@ -24,8 +24,8 @@ class Hyperparameters:
     learning_rate: jax.Array
     min_learning_rate: jax.Array
     schedule: jax.Array  # index into config.SCHEDULES
+    decay_fraction: jax.Array  # of wsd
     warmup_steps: jax.Array
-    decay_fraction: jax.Array
     weight_decay: jax.Array
     beta1: jax.Array
     beta2: jax.Array
@@ -48,14 +48,15 @@ _INTEGERS = frozenset({"seed", "num_steps", "schedule", "warmup_steps"})
 def hyperparameters(config: Config) -> Hyperparameters:
     """Returns the traced inputs of the step as numpy scalars (int32 and float32)."""
     o, moe = config.optimizer, moe_of(config.model)
+    wsd = o.schedule_numbers()
     numbers = {
         "seed": config.seed,
         "num_steps": config.num_steps,
         "learning_rate": o.learning_rate,
         "min_learning_rate": o.min_learning_rate,
-        "schedule": list(SCHEDULES).index(o.schedule),
+        "schedule": list(SCHEDULES).index(o.schedule_name),
         "warmup_steps": o.warmup_steps,
-        "decay_fraction": o.decay_fraction,
+        "decay_fraction": wsd.decay_fraction if wsd else 0.0,
         "weight_decay": o.weight_decay,
         "beta1": o.beta1,
         "beta2": o.beta2,

@@ -96,12 +96,14 @@ def _call_of(node: ast.expr) -> tuple[str, list[Any], dict[str, Any]] | None:
     """Returns what _parse_call does; None if it is neither a name nor a call with literals.
 
     Raises:
-        ValueError: an argument is no literal.
+        ValueError: an argument is no literal, or there twice.
     """
     if isinstance(node, ast.Name):
         return node.id, [], {}
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and all(k.arg for k in node.keywords):
         named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+        if len(named) < len(node.keywords):
+            raise ValueError("an option is given twice")
         return node.func.id, [ast.literal_eval(value) for value in node.args], named
     return None
 

@@ -7,19 +7,19 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from foundry_jax import compilation, data, forecast, provenance, sharding
+from foundry_jax import compilation, data, forecast, provenance, rewards, sharding
 from foundry_jax.checkpoint import Checkpointer
 from foundry_jax.config import Config, to_flat_dict
-from foundry_jax.data import preferences
-from foundry_jax.data.hashing import sha256_json
+from foundry_jax.data import pair_files, preferences, split
 from foundry_jax.data.tokenize import Tokenizer
+from foundry_jax.data_tools import TOOLS
 from foundry_jax.errors import Preempted, UserError
 from foundry_jax.metrics import TRACKERS, MetricsWriter, Progress, device_peak_flops
 from foundry_jax.model import lora, transformer
@@ -77,7 +77,7 @@ def opened(
         lora.target_paths(config.model, config.lora.targets)
     with RunFolder(workdir, primary=jax.process_index() == 0) as folder:
         source, tasks = open_source(config), tasks_of(config)
-        corpus = data.prepare(config.data, tokenizer_of(config, source))
+        corpus = data.prepare(config.data, tokenizer_of(config, source), TOOLS)
         config = with_vocabulary(config, vocab_size_of(config, corpus, source))
         num_params = transformer.num_params(config.model)
         plan = sharding.plan(num_params, jax.device_count(), config.sharding)
@@ -136,12 +136,12 @@ def tokenizer_of(config: Config, source: "Source | None") -> Tokenizer | None:
     Raises:
         UserError: it has none, and the config names none either.
     """
-    if source is None or config.data.tokenizer_path:
+    if source is None or config.data.tokenizer not in data.TOKENIZERS:
         return None
     tokenizer = source.tokenizer()
     require(
         tokenizer is not None or config.data.source == "bin",
-        f"There is no tokenizer in {source.name}: set data.tokenizer_path to the one that its model was trained with.",
+        f"There is no tokenizer in {source.name}: set data.tokenizer to the one that its model was trained with.",
     )
     return tokenizer
 
@@ -218,31 +218,41 @@ def process_rows(batch_size: int) -> slice:
 class Batches:
     """This process's rows of the batches of a run."""
 
-    train: data.TrainBatches | preferences.PreferenceBatches
-    validation: data.ValidationBatches
+    train: data.TrainBatches  # of rows of text, or of pairs
+    validation: tuple[data.ValidationBatches, ...]  # one of each source
+    held_out: preferences.Pairs | None  # of all processes; None if it is text that is trained on
 
 
 def batches_of(config: Config, corpus: data.Corpus) -> Batches:
-    """Returns the batches: text to train on, or pairs of completions; validation is always on text.
+    """Returns the batches: text to train on, or pairs of completions; validation is on text, and on pairs if there are.
 
     Raises:
         UserError: there are too few tokens, or the pairs cannot be read.
     """
     size, length, seed = config.data.batch_size, config.model.context_length, config.seed
+    held_out = None
     if config.data.preferences:
-        pairs = preferences.read_pairs(config.data.preferences, corpus.tokenizer, length)
-        train = preferences.PreferenceBatches(pairs, size, seed, process_rows(size))
-    else:
-        train = data.train_batches(
-            corpus.train_tokens, batch_size=size, context_length=length, seed=seed, rows=process_rows(size)
+        found = pair_files.read(
+            config.data.preferences,
+            corpus.tokenizer,
+            format=config.data.format,
+            fraction=split.parse(config.data.validation).fraction,
+            context_length=length,
         )
-    validation = data.validation_batches(
-        corpus.validation_tokens,
-        batch_size=config.eval.batch_size,
-        context_length=length,
-        rows=process_rows(config.eval.batch_size),
-    )
-    return Batches(train, validation)
+        train, held_out = found.batches(size, seed, process_rows(size)), found.held_out
+    else:
+        train = data.training(
+            corpus,
+            config.data,
+            context_length=length,
+            num_steps=config.num_steps,
+            seed=seed,
+            rows=process_rows(size),
+            tools=TOOLS,
+        )
+    size = config.eval.batch_size
+    validation = data.validation(corpus, batch_size=size, context_length=length, rows=process_rows(size))
+    return Batches(train, validation, held_out)
 
 
 class Clock:
@@ -292,6 +302,7 @@ class Trainer:
     ):
         self.config, self.source, self.corpus, self.batches, self.plan = config, source, corpus, batches, plan
         self.tasks, self.failed_tasks, self.base = tasks, {}, {}
+        self.reference = None  # of pairs that are held out, [tokens]
         self.folder, self.checkpointer, self.preemption = folder, checkpointer, preemption
         self.quiet = quiet or jax.process_index() > 0
         self.clock = Clock()
@@ -364,40 +375,56 @@ class Trainer:
         """Puts the reference into the batches: what the run's first parameters say of all completions.
 
         Adapters add nothing at first, so with them it is what the base says. Computed once, before anything else takes
-        memory, and kept in the run folder for when the run is resumed. In float32 the first step finds the same bits,
-        and a margin of exactly 0; in bfloat16 XLA rounds two programs differently, and margins begin at about 1e-5 nats
-        (XLA:CPU, 2026-11).
+        memory, and kept for every run that starts from the same parameters. In float32 the first step finds the same
+        bits, and a margin of exactly 0; in bfloat16 XLA rounds two programs differently, and margins begin at about
+        1e-5 nats (XLA:CPU, 2026-11).
         """
-        pairs, path = self.batches.train.pairs, self.folder.path / "reference.npz"
-        of = {"pairs": pairs.hash, "model": dataclasses.asdict(self.config.model), "seed": self.config.seed}
-        if self.source:
-            of["source"] = self.source.fingerprint
-        reference = preferences.read_reference(path, sha256_json(of))
+        train, held_out = [part.source for part in self.batches.train.parts], self.batches.held_out
+        start = [self.config.seed] if self.source is None or self.config.init.fresh else []
+        start += [self.source.fingerprint] if self.source else []
+        kept = rewards.ReferenceFile.of(
+            self.config.data.cache_dir, self.program, self.plan, self.pairs_shape,
+            start=start, train=train, held_out=held_out)  # fmt: skip
+        reference = kept.read()
         if reference is None:
-            log.info("Computing the reference log-probabilities of %s pairs.", f"{len(pairs):,}")
-            reference = self.reference(pairs, self.init().params)
-            if jax.process_index() == 0:
-                preferences.write_reference(path, sha256_json(of), reference)
-        train = dataclasses.replace(self.batches.train, reference=reference)
-        self.batches = dataclasses.replace(self.batches, train=train)
+            number = sum(map(len, (*train, held_out)))
+            log.info("Computing the reference log-probabilities of %s pairs.", f"{number:,}")
+            params, stop = self.init().params, self.stop_before_start
+            found = [answers.completions for pairs in train for _, answers in self.answers(pairs, params, stop)]
+            reference = preferences.Reference(np.concatenate(found), self.token_log_probs(held_out, params, stop))
+            kept.write(reference)
+        self.reference = reference.held_out
+        with_reference = preferences.with_reference(self.batches.train, reference.train)
+        self.batches = dataclasses.replace(self.batches, train=with_reference)
 
-    def reference(self, pairs: preferences.Pairs, params: dict) -> np.ndarray:
-        """Returns the log-probabilities of both completions of all pairs, [number of pairs, 2] float32, in nats.
+    @property
+    def pairs_shape(self) -> tuple[int, ...]:
+        """The shape of a micro-batch of pairs, which fits into memory."""
+        return (self.batch_shape[0] // self.config.optimizer.accumulation_steps, *self.batch_shape[1:])
 
-        Raises:
-            Preempted: the run was asked to stop.
-        """
-        size = self.batch_shape[0] // self.config.optimizer.accumulation_steps
-        shape = (size, *self.batch_shape[1:])
+    def answers(
+        self, pairs: preferences.Pairs, params: dict, stop_if_asked: Callable[[], None]
+    ) -> Iterator[tuple[np.ndarray, rewards.Answers]]:
+        """Yields (indices of some pairs, what the model says of them), until it was all of them."""
+        size, *_ = shape = self.pairs_shape
         with self.clock.measure("compile"):
-            reference_fn = compilation.compile_reference_step(self.program, self.plan, shape)
-        found = []
-        for batch in pairs.in_order(size, process_rows(size)):
+            ask = rewards.compile_answers_step(self.program, self.plan, shape)
+        for first, batch in zip(range(0, len(pairs), size), pairs.in_order(size, process_rows(size)), strict=True):
             with self.clock.measure("eval"):
-                found.append(jax.device_get(reference_fn(params, self.place(batch, shape), self.hyper, self.base)))
-            if self.preemption.requested(0):
-                raise Preempted(f"{self.folder.path} has no reference yet; run it again to start.")
-        return np.concatenate(found)[: len(pairs)]
+                found = jax.device_get(ask(params, self.place(batch, shape), self.hyper, self.base))
+            indices = np.arange(first, min(first + size, len(pairs)))  # the last batch is filled up
+            yield indices, rewards.Answers(*(x[: len(indices)] for x in found))
+            stop_if_asked()
+
+    def token_log_probs(self, pairs: preferences.Pairs, params: dict, stop_if_asked: Callable[[], None]) -> np.ndarray:
+        """Returns the log-probabilities of all tokens of the completions, one after the other, in nats."""
+        found = self.answers(pairs, params, stop_if_asked)
+        return np.concatenate([answers.targets[pairs.is_completion(indices)] for indices, answers in found])
+
+    def stop_before_start(self) -> None:
+        """Raises Preempted if the run was asked to stop: there is nothing to save yet."""
+        if self.preemption.requested(0):
+            raise Preempted(f"{self.folder.path} has no reference yet; run it again to start.")
 
     def init(self) -> TrainState:
         """Returns the state at step 0."""
@@ -545,12 +572,12 @@ class Trainer:
         """
         if not self.eval_is_due(step) or step in self.evals:
             return
-        with self.clock.measure("compile"):
-            eval_fn = compilation.compile_eval_step(self.program, self.plan, self.eval_shape)
         row = {}
         for prefix, params in (("", state.params), ("ema_", state.ema_params)):
-            nats, targets = self.measure_validation(eval_fn, params, state, step)
+            nats, targets = self.measure_validation(params, state, step)
             metrics = validation_metrics(math.fsum(nats), math.fsum(targets), self.corpus)
+            if self.program.learns_from_pairs:
+                metrics |= self.measure_pairs(params, state, step)
             row |= {prefix + name: x for name, x in metrics.items()}
             if not prefix and step == self.config.num_steps:
                 self.folder.write_validation_blocks(nats, targets, self.corpus.validation_bytes)
@@ -560,25 +587,40 @@ class Trainer:
         self.progress.line(
             f"step {step} validation loss {row['loss']:.4f}{bits}; of averaged weights {row['ema_loss']:.4f}"
         )
+        if self.program.learns_from_pairs:
+            self.progress.line(f"step {step} of {len(self.batches.held_out):,} pairs held out: {rewards.line(row)}")
 
-    def measure_validation(
-        self, eval_fn, params: dict, state: TrainState, step: int
-    ) -> tuple[list[float], list[float]]:
+    def measure_validation(self, params: dict, state: TrainState, step: int) -> tuple[list[float], list[float]]:
         """Returns the nats and the numbers of targets of all validation sequences, in order.
 
         Raises:
             Preempted: as in evaluate_if_due.
         """
         nats, targets = [], []
-        for batch in self.batches.validation:
-            with self.clock.measure("eval"):
-                found = eval_fn(params, self.place(batch, self.eval_shape), self.hyper, self.base)
-                nats_B, targets_B = jax.device_get(found)
-            kept = targets_B > 0  # the last batch is filled up
-            nats += nats_B[kept].tolist()
-            targets += targets_B[kept].tolist()
-            self.stop_if_asked(state, step)
+        for batches in self.batches.validation:
+            with self.clock.measure("compile"):
+                eval_fn = compilation.compile_eval_step(
+                    self.program, self.plan, self.eval_shape, packed=batches.is_packed
+                )
+            for batch in batches:
+                with self.clock.measure("eval"):
+                    found = eval_fn(params, self.place(batch, self.eval_shape), self.hyper, self.base)
+                    nats_B, targets_B = jax.device_get(found)
+                kept = targets_B > 0  # the last batch is filled up
+                nats += nats_B[kept].tolist()
+                targets += targets_B[kept].tolist()
+                self.stop_if_asked(state, step)
         return nats, targets
+
+    def measure_pairs(self, params: dict, state: TrainState, step: int) -> dict[str, float]:
+        """Returns what the metrics say of the pairs that are held out.
+
+        Raises:
+            Preempted: as in evaluate_if_due.
+        """
+        pairs = self.batches.held_out
+        now = self.token_log_probs(pairs, params, functools.partial(self.stop_if_asked, state, step))
+        return rewards.figures(pairs, now, self.reference, self.config.loss.name, self.hyper.loss)
 
     def ask_tasks_if_due(self, state: TrainState, step: int) -> None:
         """Evaluates the tasks that are due, unless their rows are there already.
@@ -707,6 +749,7 @@ class Trainer:
             "step": steps,
             "validation": {name: value for name, value in self.evals[steps].items() if name not in ("step", "kind")},
             "validation_hash": self.corpus.validation_hash,
+            **({"preferences_hash": self.batches.held_out.hash} if self.batches.held_out else {}),
             **({"tasks": self.task_results()} if self.tasks else {}),
             "train_loss": rows[-1]["loss"],
             "noise_scale_tokens": noise_scale(rows, math.prod(self.batch_shape[1:])),

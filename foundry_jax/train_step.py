@@ -47,6 +47,7 @@ class Program:
     lora_rank: int  # 0: all parameters are trained, otherwise adapters
     lora_targets: str
     use_lora_dropout: bool
+    packed: bool  # whether sequences hold several documents, which do not see each other, or padding
 
     @property
     def learns_from_pairs(self) -> bool:
@@ -72,6 +73,7 @@ class Program:
             lora_rank=config.lora.rank,
             lora_targets=config.lora.targets if config.lora.rank else "",
             use_lora_dropout=config.lora.dropout > 0,
+            packed=config.data.packing != "stream" and config.loss.name not in PAIR_LOSSES,
         )
 
 

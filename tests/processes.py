@@ -25,7 +25,7 @@ from foundry_jax.runfolder import read_metrics
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = ROOT / "configs" / "smoke.py"
 # 11 kB instead of the standard library's 11 MB: an evaluation is one batch.
-SMALL_TEXT = ("data.source=text", f"data.path={ROOT / 'LICENSE'}", "data.split=tail", "data.validation_fraction=0.1")
+SMALL_TEXT = ("data.source=text", f"data.path={ROOT / 'LICENSE'}", "data.validation=tail(0.1)")
 TIMEOUT = 300  # seconds; a child takes 5 to 10 on a busy machine
 
 
@@ -220,11 +220,11 @@ class PoisonedBatches(data.TrainBatches):
 
 
 def poison(batches: range) -> Callable:
-    """Returns data.train_batches with these batches poisoned, counted along the data, not by training step."""
-    train_batches = data.train_batches
+    """Returns data.training with these batches poisoned, counted along the data, not by training step."""
+    training = data.training
 
     def poisoned(*arguments, **options):
-        clean = train_batches(*arguments, **options)
+        clean = training(*arguments, **options)
         fields = {field.name: getattr(clean, field.name) for field in dataclasses.fields(clean)}
         return PoisonedBatches(**fields, poisoned=batches)
 
@@ -239,7 +239,7 @@ def _child() -> None:
         if flag == "--pause":
             Pause(first, int(second or 0))
         else:
-            data.train_batches = poison(range(int(first), int(second)))
+            data.training = poison(range(int(first), int(second)))
     main.main()
 
 

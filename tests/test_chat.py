@@ -1,6 +1,5 @@
-"""Chat templates, control tokens that only the template writes, conversations as training data, streamed text."""
+"""Chat templates, control tokens that only the template writes, streamed text."""
 
-import dataclasses
 import datetime
 import json
 
@@ -9,10 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from foundry_jax.config import DataConfig
-from foundry_jax.data import prepare
 from foundry_jax.data.chat import Chat, TextStream, encode_chat, render, streamed
-from foundry_jax.data.sources import chat as source
 from foundry_jax.data.template import Spelling, read_spelling, spelling_of
 from foundry_jax.data.tokenize import ByteTokenizer, load_tokenizer, tokenizer_of
 from foundry_jax.errors import UserError
@@ -96,9 +92,9 @@ def test_templates_may_look_into_messages_and_take_them_apart(tokenizer):
     assert pieces(tokenizer, ids)[-1] == "<|im_end|>" and tokenizer.decode(ids) == "the end<|im_end|>"
 
 
-@pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd1", "\ufdd0<|im_end|>\ufdd1"])
+@pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd1", "\ufdd0<|im_end|>\ufdd1", "\ufdd2", "\ufdd3"])
 def test_no_message_can_pass_for_the_template(tokenizer, mark):
-    with pytest.raises(UserError, match="U\\+FDD0 or U\\+FDD1"):
+    with pytest.raises(UserError, match="U\\+FDD0 to U\\+FDD3"):
         encode_chat(CHATML, [{"role": "user", "content": f"a{mark}b"}], tokenizer)
 
 
@@ -112,6 +108,13 @@ def test_special_tokens_and_the_tags_of_newer_templates_are_known(tokenizer):
     tokens = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     ids = encode_chat(template, messages, tokenizer, special_tokens=tokens)
     assert pieces(tokenizer, ids) == ["<|im_start|>", "the", "<|im_end|>", "2"]
+
+
+def test_what_a_template_says_for_the_assistant_is_marked_if_asked_for():
+    template = "{% for m in messages %}a{%- generation -%} {{ m.content }}\n{% endgeneration %}b{% endfor %}"
+    marked = render(template, HELLO, special_tokens={}, mark_generation=True)
+    assert marked == "a\ufdd2the other one\n\ufdd3ba\ufdd2mother\n\ufdd3b"
+    assert render(template, HELLO, special_tokens={}) == "athe other one\nbamother\nb"
 
 
 def test_the_day_is_the_callers(tokenizer):
@@ -227,180 +230,6 @@ def test_a_damaged_file_beside_a_tokenizer_is_named(folder, tmp_path, text, mess
     (tmp_path / "tokenizer_config.json").write_text(text)
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------ the data source
-
-
-def openai(said: str, answer: str) -> dict:
-    return {"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]}
-
-
-def sharegpt(said: str, answer: str) -> dict:
-    return {"conversations": [{"from": "human", "value": said}, {"from": "gpt", "value": answer}]}
-
-
-ROWS = [(openai if i % 2 else sharegpt)(f"the number {i}?", "mother " * (1 + i % 3) + f"{i}") for i in range(40)]
-
-
-@pytest.fixture
-def config(tmp_path, folder):
-    path = tmp_path / "chats.jsonl"
-    path.write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
-    return DataConfig(
-        source="chat", preferences="", path=str(path), tokenizer="bpe", tokenizer_path=str(folder), vocab_size=300,
-        split="document", validation_fraction=0.2, batch_size=2, cache_dir=str(tmp_path / "cache"),
-    )  # fmt: skip
-
-
-def documents_of(tokenizer, tokens) -> list[list[int]]:
-    starts = np.flatnonzero(tokens == tokenizer.separator_id)
-    assert starts[0] == 0
-    return [part[1:].tolist() for part in np.split(tokens, starts[1:])]
-
-
-def messages_of(row: dict) -> list[dict]:
-    if "messages" in row:
-        return row["messages"]
-    names = {"human": "user", "gpt": "assistant"}
-    return [{"role": names[m["from"]], "content": m["value"]} for m in row["conversations"]]
-
-
-def test_every_conversation_is_a_document_in_the_models_own_spelling(config, tokenizer):
-    corpus = prepare(config)
-    expected = [encode_chat(CHATML, messages_of(row), tokenizer) for row in ROWS]
-    train, validation = (documents_of(tokenizer, x) for x in (corpus.train_tokens, corpus.validation_tokens))
-    assert sorted(train + validation) == sorted(expected)
-    assert 2 <= len(validation) <= 16
-    assert corpus.tokenizer.chat_template == CHATML and corpus.vocab_size == 300
-    shown = [tokenizer.decode(ids) for ids in validation]
-    control = [text.count("<|im_start|>") * len("<|im_start|>") + text.count("<|im_end|>") * 10 for text in shown]
-    assert corpus.validation_bytes == sum(map(len, shown)) - sum(control)  # control tokens stand for no text
-
-
-def test_both_formats_of_a_conversation_are_one_document(config):
-    first, second = (source.parse(json.dumps(f("a", "b")).encode(), "x") for f in (openai, sharegpt))
-    assert first == second and first.id == second.id
-
-
-def test_copies_of_a_conversation_stay_on_one_side(config, tmp_path):
-    path = tmp_path / "copies.jsonl"
-    path.write_text("\n".join(map(json.dumps, ROWS * 2)))
-    corpus = prepare(dataclasses.replace(config, path=str(path)))
-    tokenizer = corpus.tokenizer
-    train, validation = (documents_of(tokenizer, x) for x in (corpus.train_tokens, corpus.validation_tokens))
-    assert not set(map(tuple, train)) & set(map(tuple, validation))
-
-
-def test_the_tail_is_the_last_conversations_whole(config, tokenizer):
-    corpus = prepare(dataclasses.replace(config, split="tail", validation_fraction=0.1))
-    expected = [encode_chat(CHATML, messages_of(row), tokenizer) for row in ROWS]
-    assert documents_of(tokenizer, corpus.validation_tokens) == expected[-4:]
-    assert documents_of(tokenizer, corpus.train_tokens) == expected[:-4]
-
-
-def test_another_template_is_another_corpus(config, folder, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    (other / "chat_template.jinja").write_text(TRIMMING)
-    one, two = prepare(config), prepare(dataclasses.replace(config, tokenizer_path=str(other)))
-    assert len(two.train_tokens) < len(one.train_tokens)
-    assert len(prepare(config).train_tokens) == len(one.train_tokens)
-
-
-def test_the_models_own_tokenizer_is_used_where_the_config_names_none(config, tokenizer):
-    named = prepare(config)
-    given = prepare(dataclasses.replace(config, tokenizer_path=""), tokenizer)
-    np.testing.assert_array_equal(named.train_tokens, given.train_tokens)
-
-
-def test_a_folder_is_its_jsonl_files(config, tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    for i in range(2):
-        (folder / f"{i}.jsonl").write_text("\n".join(map(json.dumps, ROWS[i::2])))
-    (folder / "README.md").write_text("not a conversation")
-    assert len(prepare(dataclasses.replace(config, path=str(folder))).train_tokens) == len(prepare(config).train_tokens)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"{", "line 2: not JSON"),
-        (b"[1]", "line 2: list instead of an object"),
-        (b'{"text": "x"}', "line 2: neither messages nor conversations; a line is"),
-        (b'{"messages": []}', "line 2: messages must be a list of one message or more"),
-        (b'{"messages": ["x"]}', r"line 2: messages\[0\] must be an object with role and content"),
-        (b'{"messages": [{"content": "x"}]}', r"line 2: messages\[0\] has no role"),
-        (b'{"messages": [{"role": "asistant", "content": "x"}]}', "Unknown role 'asistant'. Did you mean 'assistant'"),
-        (b'{"messages": [{"role": "user", "content": 3}]}', r"messages\[0\]: content must be text"),
-        (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "content has parts that are no text"),
-        (b'{"conversations": [{"from": "bot", "value": "x"}]}', "Unknown from 'bot'"),
-        (b'{"conversations": [{"value": "x"}]}', r"conversations\[0\] has no from"),
-        (b'{"conversations": [{"from": "gpt"}]}', "value must be text"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "tools": 3}', "line 2: tools must be a list"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "one half of a surrogate pair"),
-        (b'{"messages": [{"role": "user", "content": "\\ufdd0"}]}', "line 2: A message holds U"),
-        (b'{"messages": "\xff"}', "line 2: not UTF-8: byte 0xff at offset 14"),
-    ],
-)
-def test_a_bad_line_is_named(config, tmp_path, line, message):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n" + line + b"\n")
-    with pytest.raises(UserError, match=message) as caught:
-        prepare(dataclasses.replace(config, path=str(path)))
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    assert not list((tmp_path / "cache" / "tokens").glob("*/train.bin"))
-
-
-def test_parts_of_text_are_joined_and_calls_of_tools_are_the_templates_to_spell():
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    calls = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    row = {"messages": [{"role": "user", "content": parts}, calls], "tools": [{"name": "f"}]}
-    found = source.parse(json.dumps(row).encode(), "x")
-    assert found == ([{"role": "user", "content": "ab"}, calls], [{"name": "f"}])
-
-
-def test_tools_and_a_day_that_never_changes_are_what_the_template_sees(config, folder, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    (other / "chat_template.jinja").write_text("{{ tools | tojson }} {{ strftime_now('%d.%m.%Y') }}")
-    path = tmp_path / "tools.jsonl"
-    path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | {"tools": [{"name": "f"}]}))
-    changes = {"path": str(path), "split": "tail", "tokenizer_path": str(other)}
-    corpus = prepare(dataclasses.replace(config, **changes))
-    (ids,) = documents_of(corpus.tokenizer, corpus.validation_tokens)
-    assert corpus.tokenizer.decode(ids) == '[{"name": "f"}] 26.07.2024'
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"path": ""}, "data.path is empty; data.source=chat needs a JSONL file"),
-        ({"path": "/nowhere"}, "No file or folder at data.path='/nowhere'"),
-        ({"tokenizer_path": ""}, "data.source=chat needs the tokenizer of a chat model: set init.source"),
-    ],
-)
-def test_what_is_missing_is_said(config, changes, message):
-    with pytest.raises(UserError, match=message):
-        prepare(dataclasses.replace(config, **changes))
-
-
-def test_a_tokenizer_without_a_template_cannot_spell_conversations(config, folder, tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    with pytest.raises(UserError, match="has no chat template"):
-        prepare(dataclasses.replace(config, tokenizer_path=str(tmp_path)))
-
-
-def test_a_conversation_that_the_template_refuses_is_named(config, folder, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    (other / "chat_template.jinja").write_text("{{ raise_exception('no') if messages[0].content[-2:] == '3?' }}x")
-    with pytest.raises(UserError, match="chats.jsonl, line 4: The chat template refuses the conversation: no"):
-        prepare(dataclasses.replace(config, tokenizer_path=str(other)))
 
 
 # ------------------------------------------------------------------------------------------------ streamed text

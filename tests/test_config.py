@@ -119,6 +119,12 @@ MISTAKES = [
         ["optimizer.schedule=step"],
         "Unknown optimizer.schedule 'step'. .*Choose from: constant, cosine, linear, wsd",
     ),
+    (TINY, ["optimizer.schedule=(wsd)"], "Unknown optimizer.schedule ''. Choose from: constant, cosine, linear, wsd"),
+    (TINY, ["optimizer.schedule=wsd(1.5)"], "optimizer.schedule=wsd: decay_fraction=1.5 must be a finite number betw"),
+    (TINY, ["optimizer.schedule=wsd(decay=0.1)"], "Unknown number of optimizer.schedule=wsd 'decay'.*decay_fraction"),
+    (TINY, ["optimizer.decay_fraction=0.1"], "Unknown config key 'optimizer.decay_fraction'"),
+    (f"{TINY}:schedule=cosine:0.1", [], r"optimizer.schedule='cosine\(0.1\)' has 1 numbers, but cosine takes 0"),
+    (f"{TINY}:schedule=wsd:all", [], r"optimizer.schedule='wsd\(all\)' must be a name, or a name with numbers"),
     (TINY, ["optimizer.beta2=1"], "optimizer.beta2=1.0 must be a finite number between 0 and"),
     (TINY, ["optimizer.accumulation_steps=3"], "data.batch_size=16 must be a multiple of optimizer.accumulation_s"),
     (TINY, ["model.num_heads=5"], r"model.num_heads=5 must divide model.model_dim=128 .* \[1, 2, 4, 8, 16, 32, 64"),
@@ -126,8 +132,8 @@ MISTAKES = [
     (TINY, ["model.remat=some"], "model.remat='some' must be one of none, dots, full"),
     (TINY, ["model.dropout=1"], "model.dropout=1.0 must be a finite number between 0 and 0.999"),
     (TINY, ["sharding.strategy=zero"], "sharding.strategy='zero' must be one of auto, none, ddp, fsdp"),
-    (TINY, ["data.split=random"], "data.split='random' must be one of document, tail"),
-    (TINY, ["data.validation_fraction=0.9"], "data.validation_fraction=0.9 must be a finite number between 0.0001"),
+    (TINY, ["data.validation=random"], "Unknown data.validation 'random'. Choose from: document, tail"),
+    (TINY, ["data.validation=tail(0.9)"], "fraction=0.9 must be a finite number between 0.0001"),
 ]
 
 
@@ -162,7 +168,8 @@ def test_names_that_the_mutations_know_are_those_of_the_tables():
         "bias": BIASES, "qk_norm": QK_NORMS, "moe": ROUTERS, "rope_scaling": ROPE_SCALINGS, "embedding": EMBEDDINGS,
         "loss": LOSSES, "schedule": SCHEDULES, "optimizer": OPTIMIZERS,
     }  # fmt: skip
-    assert set(tables) == set(mutate.CHOICES) - {"attention"}
+    of_data = {"conversation_format", "packing", "curriculum", "data_filter"}  # test_data_mutations.py
+    assert set(tables) == set(mutate.CHOICES) - {"attention"} - of_data
     for mutation, table in tables.items():
         renamed = {"nope": "none"} if mutation == "position" else {}
         names = {renamed.get(name, name) for name in mutate.CHOICES[mutation]}
@@ -227,8 +234,11 @@ VALUES = {
     "activation": "gelu", "adam_betas": "0.8:0.99", "attention": "mla", "batch_size": "8", "bias": "qkv", "depth": "6",
     "embedding": "scaled", "loss": "focal:1.5", "lora_rank": "8", "mlp_dim": "96", "moe": "sigmoid:4:2",
     "norm": "layernorm", "norm_placement": "post", "optimizer": "lion", "pattern": "SL", "position": "alibi",
-    "qk_norm": "head", "rope_scaling": "yarn:4:64", "rope_theta": "500000", "schedule": "wsd", "sliding_window": "16",
-    "softcap": "30", "sparse": "fixed:8:2", "steps": "9", "tie_embeddings": "false", "warmup": "7", "width": "192",
+    "qk_norm": "head", "rope_scaling": "yarn:4:64", "rope_theta": "500000", "schedule": "wsd:0.1",
+    "sliding_window": "16", "softcap": "30", "sparse": "fixed:8:2", "steps": "9", "tie_embeddings": "false",
+    "warmup": "7", "width": "192",
+    "conversation_format": "chatml", "data_filter": "exact", "packing": "first_fit", "curriculum": "length",
+    "constitution": "pairs.jsonl:0.2",
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from tests.conftest import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 COMMAND_LANGUAGES = {"bash", "console", "sh"}
-OTHER_LANGUAGES = {"python", "text", "json"}
+OTHER_LANGUAGES = {"python", "text", "json", "jinja"}
 SECONDS = 300
 
 SMALL = {
@@ -44,7 +44,7 @@ SMALL = {
     "model.context_length": "32",
     "data.batch_size": "8",
     "eval.batch_size": "64",
-    "data.validation_fraction": "0.01",
+    "data.validation": "document(0.01)",
     "data.tokenizer": "byte",  # fitting a BPE tokenizer takes longer than all the rest
 }
 LONG_CONTEXT = ("--config=configs/smoke.py", "--config.model.context_length=512")  # room for the answers of tasks
@@ -121,6 +121,10 @@ def checkout(tmp_path):
         (tmp_path / name).write_text(text, "utf-8")
     pair = {"prompt": "Is it so?", "chosen": " It is.", "rejected": " No idea."}
     (tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 20, "utf-8")
+    said = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "It is."}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": said}) + "\n") * 40, "utf-8")
+    tasks = [{"instruction": f"Add {i} and {i}.", "input": "", "output": f"{2 * i}"} for i in range(30)]
+    (tmp_path / "seed_tasks.jsonl").write_text("".join(f"{json.dumps(task)}\n" for task in tasks), "utf-8")
     write_items(tmp_path / "data", pair)
     (tmp_path / "texts" / "more").mkdir(parents=True)
     for number in range(40):  # so many that a tenth of them is not nothing
@@ -158,8 +162,13 @@ def python(words: list[str], folder: pathlib.Path) -> str:
     return execute([sys.executable, *words[1:]], folder)
 
 
+# Bytes have no control tokens, and to fit a tokenizer to a few conversations takes no time.
+FITTED = ["--config.data.tokenizer=bpe", "--config.data.vocab_size=300"]
+
+
 def train(words: list[str], folder: pathlib.Path) -> None:
-    shown = python(words, folder)
+    of_chats = "--config.data.source=chat" in words and "configs/tiny.py" in " ".join(words)
+    shown = python([*words, *FITTED] if of_chats else words, folder)
     if "--json" in words:
         assert json.loads(shown)["status"] == "done"
     else:
@@ -203,6 +212,15 @@ def sweep(words: list[str], folder: pathlib.Path) -> None:
     assert list(folder.glob("runs/sweeps/*/report.html"))
 
 
+def synthesize(words: list[str], folder: pathlib.Path) -> None:
+    """Runs the command on a tiny model, which writes nothing that is of use: it is given up."""
+    tiny = checkpoints.write(folder / "long", max_position_embeddings=2048)
+    words = [f"--model={tiny}" if word.startswith("--model=") else word for word in words]
+    short = ["--style=text", "--prompts=1", "--list-tokens=8"]
+    done = subprocess.run([sys.executable, *words[1:], *short], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "made nothing" in done.stderr
+
+
 def loop(words: list[str], folder: pathlib.Path) -> None:
     """Runs another command of the loop, which says something."""
     assert python(words, folder).strip()
@@ -241,6 +259,8 @@ RULES = {
     r"python -m foundry_jax\.eval --task=\S+( --\S+)*": evaluate,
     r"python -m foundry_jax\.cli\.sweep( \S+)*": sweep,
     r"python -m foundry_jax\.(mutate|cli\.(lineage|compare|lr_finder))( \S+)*": loop,
+    r"python -m foundry_jax\.cli\.(data|tokenize) .*": loop,
+    r"python -m foundry_jax\.cli\.synthesize( --\S+)*": synthesize,
     r"python docs/make_(configuration|variants)\.py": python,
     r"cp configs/\w+\.py configs/\w+\.py": execute,
     r"make( [a-z-]+)+": make,

@@ -356,7 +356,7 @@ def test_mistakes_are_one_line(source, tmp_path, finetune):
     with pytest.raises(UserError, match="lora.targets='q_proj' is found in none of attention/query"):
         finetune("b", "", "lora.targets=q_proj")
     mute = checkpoints.write(tmp_path / "mute", tokenizer=False)
-    with pytest.raises(UserError, match=r"There is no tokenizer in .*mute: set data.tokenizer_path"):
+    with pytest.raises(UserError, match=r"There is no tokenizer in .*mute: set data.tokenizer"):
         finetune("c", "", f"init.source={mute}")
     for override, message in (
         ("lora.rank=-1", "lora.rank=-1 must be a finite number at least 0"),

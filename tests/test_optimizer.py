@@ -15,7 +15,7 @@ from foundry_jax.optimizer import hyperparameters, learning_rate_at
 
 def recipe(**changes):
     config = load("configs/tiny.py")
-    numbers = {"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_steps": 4, "decay_fraction": 0.5} | changes
+    numbers = {"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_steps": 4} | changes
     return dataclasses.replace(config, num_steps=11, optimizer=dataclasses.replace(config.optimizer, **numbers))
 
 
@@ -31,11 +31,21 @@ def rates(schedule):
         ("linear", [0.25, 0.5, 0.75, 1, 1, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1]),
         ("cosine", [0.25, 0.5, 0.75, 1, 1, 0.93971, 0.775, 0.55, 0.325, 0.16029, 0.1]),
         # 5.5 of 11 steps decay, and the last of them is at the minimum
-        ("wsd", [0.25, 0.5, 0.75, 1, 1, 0.91818, 0.75455, 0.59091, 0.42727, 0.26364, 0.1]),
+        ("wsd(decay_fraction=0.5)", [0.25, 0.5, 0.75, 1, 1, 0.91818, 0.75455, 0.59091, 0.42727, 0.26364, 0.1]),
+        # 2.2 of 11 steps
+        ("wsd", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 0.91818, 0.50909, 0.1]),
+        ("wsd(0)", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 0.1]),
     ],
 )
 def test_the_rate_of_each_step(schedule, expected):
     np.testing.assert_allclose(rates(schedule), expected, atol=1e-5)
+
+
+def test_the_numbers_of_a_schedule_come_in_order_or_by_name():
+    for schedule, share in (("wsd", 0.2), ("wsd(0.3)", 0.3), (" wsd ( decay_fraction = 0.4 )", 0.4), ("cosine()", 0)):
+        hyper = hyperparameters(recipe(schedule=schedule))
+        assert hyper.decay_fraction == np.float32(share)
+        assert list(SCHEDULES)[hyper.schedule] == schedule.strip().partition("(")[0].strip()
 
 
 def test_every_schedule_has_a_test_and_no_warm_up_starts_at_the_peak():

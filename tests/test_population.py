@@ -256,11 +256,11 @@ def test_a_worker_that_is_asked_to_stop_begins_no_further_run(tmp_path):
 
 
 def test_a_corpus_is_read_again_only_when_it_has_changed(monkeypatch, tmp_path):
-    from foundry_jax.data import cache
+    from foundry_jax.data import cache, hashing
 
     root, read = tmp_path / "cache", []
     monkeypatch.setattr(
-        cache, "sha256_file", lambda path, sha=cache.sha256_file: (read.append(path.name), sha(path))[1]
+        hashing, "sha256_file", lambda path, sha=hashing.sha256_file: (read.append(path.name), sha(path))[1]
     )
     build = lambda folder: (folder / "train.bin").write_bytes(b"1234") and {}  # noqa: E731
     cache.open_or_build(root, {"a": 1}, build)

@@ -1,41 +1,33 @@
-"""Pairs of completions: how they are read, batched and trained on, and the reference they are measured against."""
+"""Training on pairs of completions: against a reference, measured on pairs that are held out."""
 
 import dataclasses
 import functools
-import json
 import logging
+import math
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
-from foundry_jax import train
+from foundry_jax import rewards, sharding, train
 from foundry_jax.config import load
-from foundry_jax.data.preferences import PreferenceBatches, read_pairs, read_reference, write_reference
-from foundry_jax.data.tokenize import ByteTokenizer, CharTokenizer
-from foundry_jax.errors import Preempted, UserError
+from foundry_jax.data import pair_files
+from foundry_jax.data.preferences import Pairs
+from foundry_jax.data.tokenize import ByteTokenizer
+from foundry_jax.errors import Preempted
 from foundry_jax.optimizer import hyperparameters
 from foundry_jax.preemption import Preemption
 from foundry_jax.runfolder import read_metrics
 from foundry_jax.train_step import Program, init_state, reference_step, train_step, unbox
+from tests import test_distributed
+from tests.conftest import ROOT
 from tests.processes import SMALL_TEXT, assert_bitwise_equal
 from tests.variants import forward, params_of, tiny
 
 END = ByteTokenizer.separator_id
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Returns a function that writes pairs (prompt, chosen, rejected), or lines of text, to a file."""
-
-    def write(*rows):
-        path = tmp_path / "pairs.jsonl"
-        names = ("prompt", "chosen", "rejected")
-        lines = [row if isinstance(row, str) else json.dumps(dict(zip(names, row, strict=True))) for row in rows]
-        path.write_text("".join(line + "\n" for line in lines))
-        return path
-
-    return write
 
 
 @pytest.fixture(scope="session")
@@ -48,136 +40,10 @@ def ids(text):
     return list(text.encode())
 
 
-def sequences(pairs):
-    """Returns the tokens of all sequences."""
-    return [pairs.tokens[a:b].tolist() for a, b in zip(pairs.starts[:-1], pairs.starts[1:], strict=True)]
-
-
-def test_a_batch_of_a_pair_is_these_arrays(write):
-    pairs = read_pairs(write(("ab", "c", "de")), ByteTokenizer(), 6)
-    batch = pairs.batch(np.array([0]))
-    a, b, c, d, e = ids("abcde")
-    expected = {
-        "inputs": [[[a, b, c, 0, 0, 0], [a, b, d, e, 0, 0]]],
-        "targets": [[[b, c, END, 0, 0, 0], [b, d, e, END, 0, 0]]],
-        "weights": [[[0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0]]],
-        "positions": [[[0, 1, 2, -1, -1, -1], [0, 1, 2, 3, -1, -1]]],
-    }
-    assert {name: x.tolist() for name, x in batch.items()} == expected
-    assert {name: x.dtype.name for name, x in batch.items()} == dict.fromkeys(expected, "int32") | {
-        "weights": "float32"
-    }
-
-
-def test_a_tokenizer_without_a_separator_adds_none(write):
-    pairs = read_pairs(write(("ab", "c", "de")), CharTokenizer("abcde"), 6)
-    assert sequences(pairs) == [[0, 1, 2], [0, 1, 3, 4]]
-
-
-def test_a_long_prompt_loses_its_beginning_the_same_for_both_completions(write, caplog):
-    caplog.set_level(logging.INFO)
-    pairs = read_pairs(write(("0123456789", "c", "def")), ByteTokenizer(), 7)
-    assert sequences(pairs) == [[*ids("6789c"), END], [*ids("6789def"), END]]
-    assert pairs.prompt_lengths.tolist() == [4, 4]
-    assert "1 of them are longer than model.context_length=7: their prompts lose the beginning" in caplog.text
-    assert "lose the end" not in caplog.text
-
-
-def test_a_completion_that_is_too_long_by_itself_loses_its_end_and_keeps_one_token_before_it(write, caplog):
-    pairs = read_pairs(write(("01", "abcd", "abcdefgh")), ByteTokenizer(), 5)
-    assert sequences(pairs) == [[*ids("1abcd"), END], ids("1abcde")]
-    assert pairs.batch(np.array([0]))["weights"].tolist() == [[[1] * 5, [1] * 5]]
-    assert "1 completions are longer by themselves and lose the end" in caplog.text
-
-
-def test_without_a_prompt_the_separator_comes_first(write):
-    path = write(("", "c", ""))
-    assert sequences(read_pairs(path, ByteTokenizer(), 5)) == [[END, *ids("c"), END], [END, END]]
-    with pytest.raises(UserError, match=r"Pair 1 of .* has no prompt, and the tokenizer no separator to stand in"):
-        read_pairs(path, CharTokenizer("c"), 5)
-
-
-NEEDED = "it must have the texts prompt, chosen and rejected"
-MISTAKES = [
-    ((), r"data.preferences='.*pairs.jsonl' has no pairs; a line is one, with the texts prompt, chosen and rejected"),
-    (("", "  "), "has no pairs"),
-    ((("a", "b", "c"), "{"), rf"pairs.jsonl, line 2, is not JSON \(.*\); {NEEDED}"),
-    (("", '{"prompt": "a", "chosen": "b"}'), f"pairs.jsonl, line 2, has no text 'rejected'; {NEEDED}"),
-    (('{"prompt": "a", "chosen": 1, "rejected": "c"}',), f"line 1, has no text 'chosen'; {NEEDED}"),
-    (("[1, 2]",), f"line 1, has no text 'prompt'; {NEEDED}"),
-]
-
-
-@pytest.mark.parametrize(("rows", "message"), MISTAKES)
-def test_a_file_that_holds_no_pairs_is_refused_by_line(write, rows, message):
-    with pytest.raises(UserError, match=message) as caught:
-        read_pairs(write(*rows), ByteTokenizer(), 5)
-    assert "\n" not in str(caught.value)
-
-
-def test_what_cannot_be_read_or_encoded_is_refused(write, tmp_path):
-    with pytest.raises(UserError, match=r"Cannot read data.preferences='.*none.jsonl': No such file or directory"):
-        read_pairs(tmp_path / "none.jsonl", ByteTokenizer(), 5)
-    path = write(("a", "b", "c"))
-    with pytest.raises(UserError, match="data.preferences needs a tokenizer, but data.source has none"):
-        read_pairs(path, None, 5)
-    with pytest.raises(UserError, match=r"pairs.jsonl: Character 'c' \(U\+0063\) is not among the 2 characters"):
-        read_pairs(path, CharTokenizer("ab"), 5)
-    path.write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(UserError, match=r"data.preferences='.*pairs.jsonl' is not UTF-8"):
-        read_pairs(path, ByteTokenizer(), 5)
-
-
-@pytest.fixture
-def ten(write):
-    """Ten pairs, whose prompts are their numbers."""
-    return read_pairs(write(*[(str(i), "yes", "no") for i in range(10)]), ByteTokenizer(), 5)
-
-
-def numbers(batch):
-    """Returns which pairs a batch holds."""
-    return [token - ord("0") for token in batch["inputs"][:, 0, 0].tolist()]
-
-
-def test_every_epoch_has_every_pair_once_in_an_order_of_its_own(ten):
-    batches = PreferenceBatches(ten, 4, 0, slice(None))
-    order = [pair for step in range(5) for pair in numbers(batches.batch(step))]
-    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
-    assert order[:10] != order[10:] != list(range(10))
-    other = dataclasses.replace(batches, seed=1)
-    assert [pair for step in range(5) for pair in numbers(other.batch(step))] != order
-
-
-def test_a_batch_is_a_function_of_its_step_and_processes_share_it(ten):
-    reference = np.arange(20, dtype=np.float32).reshape(10, 2)
-    batches = PreferenceBatches(ten, 4, 0, slice(None), reference)
-    whole = [batches.batch(step) for step in range(6)]
-    assert whole[3]["reference"].tolist() == [[2 * i, 2 * i + 1] for i in numbers(whole[3])]
-    for step, batch in batches.iterate(3, 6):
-        jax.tree.map(np.testing.assert_array_equal, batch, whole[step])
-    halves = [dataclasses.replace(batches, rows=rows).batch(3) for rows in (slice(0, 2), slice(2, 4))]
-    for name, x in whole[3].items():
-        np.testing.assert_array_equal(x, np.concatenate([half[name] for half in halves]))
-
-
-def test_pairs_in_order_are_all_of_them_and_full_batches(ten):
-    assert [numbers(batch) for batch in ten.in_order(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
-    assert [numbers(batch) for batch in ten.in_order(4, slice(2, 4))] == [[2, 3], [6, 7], [0, 1]]
-
-
-def test_a_reference_is_kept_under_its_key_and_a_damaged_one_is_noticed(tmp_path, caplog):
-    path, reference = tmp_path / "reference.npz", np.arange(6, dtype=np.float32).reshape(3, 2)
-    assert read_reference(path, "a") is None and not caplog.text
-    write_reference(path, "a", reference)
-    np.testing.assert_array_equal(read_reference(path, "a"), reference)
-    assert read_reference(path, "b") is None and "of other pairs or another model" in caplog.text
-    content = path.read_bytes()
-    at = content.index(reference.tobytes())
-    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-    assert read_reference(path, "a") is None and "reference.npz is damaged" in caplog.text
-    path.write_bytes(content[:-9])
-    assert read_reference(path, "a") is None
-    assert [file.name for file in tmp_path.iterdir()] == ["reference.npz"]
+def pairs_of(*rows, context_length=48):
+    """Returns the pairs of some (prompt, chosen, rejected)."""
+    sequences = [np.array([*ids(prompt + side), END]) for prompt, *sides in rows for side in sides]
+    return Pairs.of(sequences, [len(prompt) for prompt, *_ in rows for _ in range(2)], context_length)
 
 
 # The model of the tests below: byte tokens, weights far from zero.
@@ -209,10 +75,10 @@ def with_reference(program, params, batch):
     return batch | {"reference": np.asarray(jitted(reference_step, program)(params, batch))}
 
 
-def test_log_probabilities_are_sums_over_the_completion_and_its_end(write):
+def test_log_probabilities_are_sums_over_the_completion_and_its_end():
     """Of each sequence alone, without padding, by a plain log-softmax."""
     program, _ = dpo()
-    pairs = read_pairs(write(*PAIRS), ByteTokenizer(), 48)
+    pairs = pairs_of(*PAIRS)
     found = jitted(reference_step, program)(params_of(MODEL)["params"], pairs.batch(np.arange(3)))
     for (prompt, *completions), row in zip(PAIRS, np.asarray(found), strict=True):
         for completion, log_prob in zip(completions, row, strict=True):
@@ -223,10 +89,10 @@ def test_log_probabilities_are_sums_over_the_completion_and_its_end(write):
             assert log_prob == pytest.approx(float(log_probs[first:last].sum()), rel=1e-5)
 
 
-def test_padding_changes_nothing(write):
+def test_padding_changes_nothing():
     program, _ = dpo()
-    path, params = write(*PAIRS), params_of(MODEL)["params"]
-    short, long = (read_pairs(path, ByteTokenizer(), length).batch(np.arange(3)) for length in (32, 48))
+    params = params_of(MODEL)["params"]
+    short, long = (pairs_of(*PAIRS, context_length=length).batch(np.arange(3)) for length in (32, 48))
     other = dict(long, inputs=np.where(long["positions"] < 0, 7, long["inputs"]))
     found = [jitted(reference_step, program)(params, batch) for batch in (short, long, other)]
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
@@ -237,7 +103,8 @@ def test_padding_changes_nothing(write):
 def test_at_step_0_nothing_is_preferred(harmless, loss, parts, expected):
     """Exactly: the compiled step and the compiled reference find the same bits for the same rows."""
     program, hyper = dpo(loss, accumulation_steps=parts)
-    pairs = read_pairs(harmless, ByteTokenizer(), 48)
+    found = pair_files.read(str(harmless), ByteTokenizer(), format="own", fraction=0.05, context_length=48)
+    pairs = found.train[0]
     state = state_of(program, hyper)
     size = 8 // parts
     reference = [
@@ -250,10 +117,10 @@ def test_at_step_0_nothing_is_preferred(harmless, loss, parts, expected):
     assert float(metrics["tokens"]) == batch["weights"].sum()
 
 
-def test_training_prefers_what_was_chosen(write):
+def test_training_prefers_what_was_chosen():
     program, hyper = dpo()
     state = state_of(program, hyper)
-    batch = read_pairs(write(*PAIRS), ByteTokenizer(), 48).batch(np.array([0, 1, 2, 2]))
+    batch = pairs_of(*PAIRS).batch(np.array([0, 1, 2, 2]))
     batch, rows = with_reference(program, state.params, batch), []
     for _ in range(15):
         state, metrics = jitted(train_step, program)(state, batch, hyper)
@@ -263,26 +130,130 @@ def test_training_prefers_what_was_chosen(write):
     assert float(rows[-1]["reward_accuracy"]) == 1 and float(rows[-1]["reward_margin"]) > 1
 
 
+def test_what_is_said_of_a_target_adds_up_to_what_is_said_of_the_completion():
+    program, _ = dpo()
+    params, batch = params_of(MODEL)["params"], pairs_of(*PAIRS).batch(np.arange(3))
+    answers = jitted(rewards.answers_step, program)(params, batch)
+    np.testing.assert_array_equal(answers.completions, jitted(reference_step, program)(params, batch))
+    np.testing.assert_allclose(np.sum(answers.targets * batch["weights"], -1), answers.completions, rtol=1e-5)
+    logits = forward(MODEL)(params_of(MODEL), batch["inputs"][0, 1][None])
+    log_probs = jax.nn.log_softmax(logits)[0, np.arange(20), batch["targets"][0, 1, :20]]
+    length = batch["weights"][0, 1].nonzero()[0][-1] + 1
+    np.testing.assert_allclose(answers.targets[0, 1, :length], log_probs[:length], rtol=1e-4)
+
+
+def figures(change, loss="dpo", **scales):
+    """Returns the figures of PAIRS, of whose tokens the log-probabilities have changed by this much."""
+    pairs = pairs_of(*PAIRS)
+    _, hyper = dpo(loss)
+    scales = hyper.loss.replace(**{name: np.float32(x) for name, x in scales.items()})
+    reference = np.linspace(-3, -1, pairs.completion_lengths.sum(), dtype=np.float32)
+    return rewards.figures(pairs, reference + np.float32(change), reference, loss, scales)
+
+
+def test_figures_where_nothing_has_changed():
+    found = figures(0.0)
+    assert found.pop("preference_loss") == np.log(np.float32(2))
+    low, high = found.pop("reward_accuracy_low"), found.pop("reward_accuracy_high")
+    assert low == 0 and 0.5 < high < 0.6, "nothing is preferred, and three pairs say little"
+    assert set(found.values()) == {0.0} and len(found) == 5
+
+
+def test_figures_by_hand():
+    """Each token of the completions has become likelier by 0.5 nats."""
+    lengths = np.array([[7, 9], [14, 7], [2, 15]])
+    np.testing.assert_array_equal(pairs_of(*PAIRS).completion_lengths, lengths)
+    found, margin = figures(0.5, dpo_beta=0.2), 0.5 * (lengths[:, 0] - lengths[:, 1])
+    assert found["reward_accuracy"] == pytest.approx(1 / 3)
+    assert found["reward_margin"] == pytest.approx(0.2 * margin.mean())
+    assert found["chosen_log_ratio"] == pytest.approx(0.5 * lengths[:, 0].mean())
+    assert found["rejected_log_ratio"] == pytest.approx(0.5 * lengths[:, 1].mean())
+    assert found["kl"] == pytest.approx(math.exp(-0.5) - 1 + 0.5)
+    assert found["preference_loss"] == pytest.approx(np.log1p(np.exp(-0.2 * margin)).mean())
+    assert figures(0.5, "ipo", dpo_beta=0.2)["preference_loss"] == pytest.approx(2.5**2), "per token all gain the same"
+    line = "loss 0.9141, reward accuracy 0.333 (0.06 to 0.79), margin -0.2667, KL 0.1065 nats a token"
+    assert rewards.line(found) == line
+
+
+def test_the_divergence_is_that_of_the_distributions_where_tokens_are_drawn_from_the_model():
+    rng = np.random.default_rng(0)
+    model, reference = rng.dirichlet(np.ones(20), 2)
+    drawn = rng.choice(20, 200_000, p=model)
+    rows = [("p", "c" * 99_999, "r" * 99_999)]
+    pairs = pairs_of(*rows, context_length=100_100)
+    log_probs = [np.log(p[drawn]).astype(np.float32) for p in (model, reference)]
+    _, hyper = dpo()
+    found = rewards.figures(pairs, *log_probs, "dpo", hyper.loss)
+    assert found["kl"] == pytest.approx(np.sum(model * np.log(model / reference)), rel=0.02)
+
+
+@pytest.mark.parametrize(("right", "number"), [(0, 1), (1, 1), (0, 20), (13, 20), (20, 20), (600, 1000)])
+def test_the_interval_of_a_share_is_wilsons(right, number):
+    expected = stats.binomtest(right, number).proportion_ci(0.95, method="wilson")
+    np.testing.assert_allclose(rewards.wilson(right, number), (expected.low, expected.high), atol=1e-7)
+
+
+PLAN = sharding.Plan("none", 1, 1, 1, "")
+
+
+def file_of(**changes):
+    """Returns where the reference of some pairs is kept, with what is given changed."""
+    given = {
+        "cache_dir": "cache", "program": dpo()[0], "plan": PLAN, "batch_shape": (2, 2, 48), "start": [0],
+        "train": [pairs_of(*PAIRS)], "held_out": pairs_of(PAIRS[0]),
+    } | changes  # fmt: skip
+    options = {name: given.pop(name) for name in ("start", "train", "held_out")}
+    return rewards.ReferenceFile.of(*given.values(), **options)
+
+
+def test_a_reference_is_shared_by_runs_that_find_the_same_bits():
+    same, key = {"program": dpo("ipo", accumulation_steps=2)[0], "cache_dir": "other"}, file_of().key
+    assert all(file_of(**{name: value}).key == key for name, value in same.items())
+    program = dpo()[0]
+    others = {
+        "program": dataclasses.replace(program, model=dataclasses.replace(MODEL, dtype="bfloat16")),
+        "plan": sharding.Plan("ddp", 2, 1, 1, ""),
+        "batch_shape": (4, 2, 48),
+        "start": [1],
+        "train": [pairs_of(*PAIRS[1:])],
+        "held_out": pairs_of(PAIRS[1]),
+    }
+    keys = {file_of(**{name: value}).key for name, value in others.items()}
+    keys |= {file_of(program=dataclasses.replace(program, lora_rank=2)).key}
+    assert len(keys | {key}) == len(others) + 2
+    assert file_of().shapes == ((3, 2), (16,)) and file_of().path.parts[:2] == ("cache", "references")
+
+
 @pytest.fixture
 def run_dpo(harmless, tmp_path):
     """Returns a function that trains configs/smoke.py on real pairs in this process, on all its devices."""
 
-    def run_dpo(name):
-        overrides = [*SMALL_TEXT, "loss.name=dpo", f"data.preferences={harmless}", "num_steps=12", "eval.every=6"]
-        overrides += ["model.num_layers=1", "data.batch_size=16"]
-        return train.run(load("configs/smoke.py", overrides), tmp_path / name, quiet=True)
+    def run_dpo(name, argument="", *overrides):
+        given = [*SMALL_TEXT, "loss.name=dpo", f"data.preferences={harmless}", "num_steps=12", "eval.every=6"]
+        given += ["model.num_layers=1", "data.batch_size=16", f"data.cache_dir={tmp_path / 'cache'}", *overrides]
+        return train.run(load(f"configs/smoke.py{argument}", given), tmp_path / name, quiet=True)
 
     return run_dpo
 
 
 @pytest.mark.exhaustive
-def test_a_run_on_pairs_is_measured_on_text_and_goes_on_where_it_was_stopped(run_dpo, tmp_path, monkeypatch, caplog):
+def test_a_run_on_pairs_is_measured_on_text_and_on_pairs_and_goes_on_where_it_was_stopped(
+    run_dpo, tmp_path, monkeypatch, caplog
+):
     caplog.set_level(logging.INFO)
     result = run_dpo("whole")
     rows = read_metrics(tmp_path / "whole" / "metrics.jsonl", "train")
-    assert (rows[0]["loss"], rows[0]["reward_accuracy"]) == (pytest.approx(np.log(2), abs=1e-6), 0)
+    assert (rows[0]["loss"], rows[0]["reward_accuracy"]) == (np.log(np.float32(2)), 0)
     assert result["validation"]["bits_per_byte"] == pytest.approx(8, abs=0.3)  # of text, by a model that knows nothing
     assert result["tokens"] == 12 * 16 * 2 * 32
+    evals = read_metrics(tmp_path / "whole" / "metrics.jsonl", "eval")
+    assert [row["step"] for row in evals] == [6, 12]
+    for prefix in ("", "ema_"):
+        assert 0.5 < evals[1][f"{prefix}preference_loss"] < evals[0][f"{prefix}preference_loss"] < np.log(2)
+        assert evals[1][f"{prefix}reward_accuracy_low"] < evals[1][f"{prefix}reward_accuracy"]
+        assert 0 < evals[0][f"{prefix}kl"] < evals[1][f"{prefix}kl"] < 1
+    assert result["validation"]["preference_loss"] == evals[1]["preference_loss"]
+    references = tmp_path / "cache" / "references"
 
     def stop_at(wanted):
         with monkeypatch.context() as patch:
@@ -290,12 +261,50 @@ def test_a_run_on_pairs_is_measured_on_text_and_goes_on_where_it_was_stopped(run
             with pytest.raises(Preempted, match=f"step {wanted} of 12 is saved" if wanted else "has no reference yet"):
                 run_dpo("stopped")
 
+    (kept,) = references.iterdir()
+    kept.unlink()
     stop_at(0)  # while the reference is computed
     stop_at(7)
     assert caplog.text.count("Computing the reference log-probabilities of 1,200 pairs") == 3
     stop_at(9)
     assert caplog.text.count("Computing the reference") == 3  # it was kept
-    (tmp_path / "stopped" / "reference.npz").unlink()
+    kept.write_bytes(kept.read_bytes()[:-100])
     run_dpo("stopped")
-    assert caplog.text.count("Computing the reference") == 4
+    assert caplog.text.count("Computing the reference") == 4 and "is damaged" in caplog.text
     assert_bitwise_equal(tmp_path / "whole", tmp_path / "stopped")
+    run_dpo("other", "", "loss.name=ipo", "optimizer.learning_rate=1e-2")
+    assert caplog.text.count("Computing the reference") == 4, "it starts from the same parameters"
+    run_dpo("seed", "", "seed=1")
+    assert caplog.text.count("Computing the reference") == 5
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does_and_share_the_reference(harmless, tmp_path):
+    overrides = [*SMALL_TEXT, "loss.name=dpo", f"data.preferences={harmless}", "num_steps=6", "eval.every=3"]
+    overrides += ["eval.batch_size=4", f"data.cache_dir={tmp_path / 'cache'}"]
+
+    def run(name, count, devices):
+        port = test_distributed.free_port()
+        arguments = [sys.executable, "-c", test_distributed.SCRIPT]
+        others = [str(x) for x in (count, devices, port, tmp_path / name, *overrides)]
+        started = [
+            subprocess.Popen(
+                [*arguments, str(rank), *others], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            for rank in range(count)
+        ]
+        said = [process.communicate(timeout=300)[0] for process in started]
+        assert not any(process.returncode for process in started), said
+        return read_metrics(tmp_path / name / "metrics.jsonl"), "".join(said).count("Computing the reference")
+
+    alone, computed = run("alone", 1, 4)
+    assert computed == 1
+    (kept,) = (tmp_path / "cache" / "references").iterdir()
+    kept.unlink()  # its devices are the same, as far as the key goes
+    for name, expected in (("pair", 2), ("again", 0)):
+        found, computed = run(name, 2, 2)
+        assert computed == expected, "both processes compute it, or both get the one that is kept"
+        for a, b in zip(alone, found, strict=True):
+            names = a.keys() & {"loss", "preference_loss", "reward_margin", "kl"}
+            assert [a[x] for x in names] == pytest.approx([b[x] for x in names], rel=1e-3, abs=1e-6)

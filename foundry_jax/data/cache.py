@@ -8,7 +8,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from foundry_jax.data.hashing import sha256_file, sha256_json
+from foundry_jax.data.hashing import sha256_file, sha256_json, sha256_unchanged
 from foundry_jax.errors import MachineError
 
 log = logging.getLogger(__name__)
@@ -80,22 +79,11 @@ def _open(folder: Path) -> Entry | None:
         if checksum != sha256_json(facts):
             raise _DamagedError(f"{SIDECAR} has changed")
         for name, sha256 in facts["files"].items():
-            if _sha256(folder / name) != sha256:
+            if sha256_unchanged(folder / name) != sha256:
                 raise _DamagedError(f"{name} has changed")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _DamagedError(repr(error)) from None
     return Entry(folder, facts)
-
-
-def _sha256(path: Path) -> str:
-    """Returns the sha256 of a file, read once by a process that opens it for run after run, unless it changes."""
-    facts = path.stat()
-    return _sha256_as_of(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _sha256_as_of(path: Path, *_: int) -> str:
-    return sha256_file(path)
 
 
 def _open_again(folder: Path) -> Entry | None:

@@ -9,13 +9,13 @@ template wrote them: a message that spells "<|im_end|>" stays the plain text it 
 
 To tell them apart, text is rendered as *marked* text, in which a control token stands between two noncharacters. It is
 encoded by a twin of the tokenizer, whose control tokens are spelled like that: so the whole conversation is encoded at
-once, as the original tokenizer would.
+once, as the original tokenizer would. Two more noncharacters mark what a template writes between {% generation %} and
+{% endgeneration %}, for those who train on it (conversation.py).
 """
 
 import dataclasses
 import datetime
 import functools
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,11 +28,14 @@ import jinja2.sandbox
 import numpy as np
 import tokenizers
 
-from foundry_jax.data.tokenize import BPETokenizer, Tokenizer
+from foundry_jax.data.tokenize import SEPARATOR, BPETokenizer, CharTokenizer, Tokenizer
 from foundry_jax.errors import UserError
 from foundry_jax.schema import require
 
-OPEN, CLOSE = "\ufdd0", "\ufdd1"  # Unicode's noncharacters: no text that is meant for others may hold them
+# Unicode's noncharacters, which no text that is meant for others may hold: around a control token, around an answer.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+BEGIN, END = "\ufdd2", "\ufdd3"
+RESERVED = re.compile(f"[{OPEN}{CLOSE}{BEGIN}{END}]")
 MARKED = re.compile(f"{OPEN}[^{CLOSE}]*{CLOSE}")
 REPLACEMENT = "\ufffd"  # what stands for bytes that are no character, or not yet
 
@@ -78,7 +81,7 @@ class Chat:
             now: what the template takes for the time; None: the time.
 
         Raises:
-            UserError: the template refuses the conversation or fails, or a text holds U+FDD0 or U+FDD1.
+            UserError: the template refuses the conversation or fails, or a text holds one of U+FDD0 to U+FDD3.
         """
         text = self.marked(messages, add_generation_prompt=add_generation_prompt, tools=tools, now=now)
         return self.encode_batch([text])[0].tolist()
@@ -93,74 +96,95 @@ class Chat:
     ) -> str:
         """Returns the conversation as marked text; arguments as in `encode`."""
         require(len(messages) > 0, "A conversation must have at least one message.")
+        options = {"add_generation_prompt": add_generation_prompt, "tools": self.hidden(tools), "now": now}
+        return self.spell(self.hidden(messages), **options)
+
+    def spell(self, messages: Sequence[Message], *, mark_generation: bool = False, **options) -> str:
+        """Returns hidden messages as marked text; BEGIN and END stand around {% generation %} blocks if asked for.
+
+        The options are those of `render`; tools must be hidden too.
+        """
+        known = [{key: value for key, value in message.items() if value is not None} for message in messages]
         rendered = render(
-            self.template,
-            self._hidden([{key: value for key, value in message.items() if value is not None} for message in messages]),
-            special_tokens=self.special_tokens,
-            add_generation_prompt=add_generation_prompt,
-            tools=self._hidden(tools),
-            now=now,
+            self.template, known, special_tokens=self.special_tokens, mark_generation=mark_generation, **options
         )
         return self._patterns[1].sub(_swapped, rendered)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns the ids of marked texts."""
-        if self._twin is None:
-            return self.tokenizer.encode_batch(texts)
-        encodings = self._twin.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+    def hidden(self, value: Any) -> Any:
+        """Returns what the template may see of a user's value: plain data, the control tokens in it marked.
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the marked text of some ids."""
-        if self._twin is None:
-            return self.tokenizer.decode(ids)
-        return self._twin.decode([int(index) for index in ids], skip_special_tokens=False)
-
-    def num_bytes(self, text: str) -> int:
-        """Returns the UTF-8 bytes of a marked text, control tokens not counted."""
-        return len(MARKED.sub("", text).encode())
-
-    @property
-    def separator_id(self) -> int | None:
-        """The tokenizer's."""
-        return self.tokenizer.separator_id
-
-    @property
-    def fingerprint(self) -> str:
-        """The sha256 of what, besides the tokenizer, decides the ids."""
-        said = json.dumps([self.template, sorted(self.special_tokens.items())])
-        return hashlib.sha256(said.encode()).hexdigest()
-
-    @functools.cached_property
-    def _patterns(self) -> tuple[re.Pattern, re.Pattern]:
-        """(a control token, a control token of a message or of the template or a mark that has lost its other half)."""
-        longest_first = sorted(self.tokenizer.control_ids, key=len, reverse=True)
-        control = "|".join(map(re.escape, longest_first)) or "(?!)"  # which matches nothing
-        return re.compile(control), re.compile(f"{OPEN}(?P<said>{control}){CLOSE}|(?P<put>{control})|[{OPEN}{CLOSE}]")
-
-    def _hidden(self, value: Any) -> Any:
-        """Returns what the template may see of a user's value: plain data, the control tokens in it marked."""
+        Raises:
+            UserError: it holds something else, or a noncharacter that is used here.
+        """
         if isinstance(value, str):
             require(
-                OPEN not in value and CLOSE not in value,
-                "A message holds U+FDD0 or U+FDD1, noncharacters that no text should have; remove them.",
+                RESERVED.search(value) is None,
+                "A message holds one of U+FDD0 to U+FDD3, noncharacters that no text should have; remove it.",
             )
             return self._patterns[0].sub(rf"{OPEN}\g<0>{CLOSE}", value)
         if isinstance(value, Mapping):
-            return {key: self._hidden(item) for key, item in value.items()}
+            return {key: self.hidden(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return [self._hidden(item) for item in value]
+            return [self.hidden(item) for item in value]
         require(
             value is None or isinstance(value, (bool, int, float)),
             f"A message holds a {type(value).__name__}, but must be JSON: texts, numbers, lists and objects.",
         )
         return value
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ids of marked texts."""
+        if self._twin is None:
+            return [ids for ids, _ in self.encode_aligned(texts)]
+        encodings = self._twin.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def encode_aligned(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns (ids [n], their characters [n, 2]) of marked texts: token i is in text[begin:end], a part or all."""
+        if self._twin is None:
+            return [self._aligned(text) for text in texts]
+        encodings = self._twin.encode_batch(texts, add_special_tokens=False)
+        return [(np.array(x.ids, np.uint32), np.array(x.offsets, np.int64).reshape(-1, 2)) for x in encodings]
+
+    def _aligned(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what encode_aligned does, for a tokenizer of characters or bytes."""
+        found, position = [], 0
+        for part in re.split(f"({MARKED.pattern})", text):
+            if MARKED.fullmatch(part):
+                ids, begins, ends = [self.control_ids[part[1:-1]]], [position], [position + len(part)]
+            else:
+                ids = self.tokenizer.encode(part)
+                wide = [1 if isinstance(self.tokenizer, CharTokenizer) else len(x.encode()) for x in part]
+                begins = np.repeat(np.arange(position, position + len(part)), wide)
+                ends = begins + 1
+            found.append((np.array(ids, np.uint32), np.stack([begins, ends], axis=1).astype(np.int64)))
+            position += len(part)
+        ids, offsets = zip(*found, strict=True)
+        return np.concatenate(ids), np.concatenate(offsets)
+
+    @functools.cached_property
+    def control_ids(self) -> dict[str, int]:
+        """The ids that only the template may write, by their spelling."""
+        return control_ids_of(self.tokenizer)
+
+    @functools.cached_property
+    def _patterns(self) -> tuple[re.Pattern, re.Pattern]:
+        """(a control token, a control token of a message or of the template or a mark that has lost its other half)."""
+        longest_first = sorted(self.control_ids, key=len, reverse=True)
+        control = "|".join(map(re.escape, longest_first)) or "(?!)"  # which matches nothing
+        return re.compile(control), re.compile(f"{OPEN}(?P<said>{control}){CLOSE}|(?P<put>{control})|[{OPEN}{CLOSE}]")
+
     @functools.cached_property
     def _twin(self) -> tokenizers.Tokenizer | None:
-        if not isinstance(self.tokenizer, BPETokenizer):  # the others have no control tokens
+        if not isinstance(self.tokenizer, BPETokenizer):
             return None
-        return _twin_of(json.loads(self.tokenizer.tokenizer_json()), self.tokenizer.control_ids)
+        return _twin_of(json.loads(self.tokenizer.tokenizer_json()), self.control_ids)
+
+
+def control_ids_of(tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns the ids of a tokenizer's control tokens by their spelling; of one of bytes, that of its separator."""
+    separator = tokenizer.separator_id
+    return tokenizer.control_ids or ({} if separator is None else {SEPARATOR: separator})
 
 
 def encode_chat(
@@ -184,13 +208,16 @@ def render(
     add_generation_prompt: bool = False,
     tools: Sequence[Any] | None = None,
     now: datetime.datetime | None = None,
+    mark_generation: bool = False,
 ) -> str:
     """Returns what a template makes of a conversation, as transformers renders it.
+
+    mark_generation: put BEGIN and END around what {% generation %} and {% endgeneration %} stand around.
 
     Raises:
         UserError: the template is no Jinja, refuses the conversation, or fails.
     """
-    program = _compiled(template)
+    program = _compiled(template, mark_generation)
     try:
         return program.render(
             **special_tokens,
@@ -207,9 +234,10 @@ def render(
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(template: str) -> jinja2.Template:
+def _compiled(template: str, mark_generation: bool) -> jinja2.Template:
+    generation = _MarkedGeneration if mark_generation else _Generation
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json  # Jinja's own escapes HTML
     environment.globals["raise_exception"] = _raise
@@ -223,11 +251,17 @@ class _Generation(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %} stands around what the assistant says; here it changes nothing."""
 
     tags = {"generation"}  # noqa: RUF012  as the base class has it
+    marks = ("", "")
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
+        begin, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]) for mark in self.marks)
+        return jinja2.nodes.Scope([begin, *body, end]).set_lineno(line)
+
+
+class _MarkedGeneration(_Generation):
+    marks = (BEGIN, END)
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:

@@ -1,11 +1,6 @@
-"""Preference pairs: two completions of one prompt, of which the first was preferred.
+"""Pairs of completions as batches, and what a reference model says of them. pair_files.py reads the pairs.
 
-A JSONL file, one pair a line:
-
-    {"prompt": "Human: How are you?\n\nAssistant:", "chosen": " Fine, thanks.", "rejected": " Go away."}
-
-A sequence is the prompt's tokens, then the completion's, then the tokenizer's separator if it has one: it is predicted
-too, so that an end is learned. Batches of P pairs, axis 1 being the chosen and the rejected completion:
+Batches of P pairs, axis 1 being the chosen and the rejected completion:
 
     inputs, targets  [P, 2, L] int32
     weights          [P, 2, L] float32, 1 where the target belongs to the completion
@@ -13,40 +8,58 @@ too, so that an end is learned. Batches of P pairs, axis 1 being the chosen and 
     reference        [P, 2] float32, log-probabilities of the completions under the reference, in nats, once it is known
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from foundry_jax.data.batches import ALL_ROWS, Batch, TrainBatches, epoch_order, shuffled
-from foundry_jax.data.tokenize import Tokenizer
-from foundry_jax.errors import UserError
-from foundry_jax.schema import require
+from foundry_jax.data.batches import ALL_ROWS, PADDING, SHARES, Batch, Part, TrainBatches
 
 log = logging.getLogger(__name__)
-
-FIELDS = ("prompt", "chosen", "rejected")
-PADDING = -1  # position of a token that is none; the model's mask.EMPTY
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pairs:
-    """N pairs as 2 N sequences of at most context_length + 1 tokens, end to end: chosen, rejected, chosen, ..."""
+    """N pairs as 2 N sequences of at most context_length + 1 tokens, end to end: chosen, rejected, chosen, ...
+
+    They are rows as TrainBatches reads them.
+    """
 
     tokens: np.ndarray  # int32, of all sequences
     starts: np.ndarray  # [2 N + 1] int64, where each begins and the last ends
     prompt_lengths: np.ndarray  # [2 N] int64, 1 or more
     context_length: int
+    reference: np.ndarray | None = None  # [N, 2] float32, once it is known
+
+    num_phases = 1
+
+    @classmethod
+    def of(cls, sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int], context_length: int) -> "Pairs":
+        """Returns the pairs of some sequences: chosen, rejected, chosen, ..."""
+        starts = np.concatenate([[0], np.cumsum([len(sequence) for sequence in sequences], dtype=np.int64)])
+        tokens = np.concatenate([np.zeros(0, np.int32), *sequences]).astype(np.int32)
+        return cls(tokens, starts, np.array(prompt_lengths, np.int64), context_length)
 
     def __len__(self) -> int:
         return len(self.prompt_lengths) // 2
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return len(self)
+
+    def read(self, row_P: np.ndarray, phase_P: np.ndarray) -> Batch:
+        """Returns pairs with their reference, if it is known; they have no phase."""
+        batch = self.batch(row_P)
+        return batch if self.reference is None else batch | {"reference": self.reference[row_P]}
 
     @functools.cached_property
     def hash(self) -> str:
@@ -56,18 +69,28 @@ class Pairs:
             digest.update(array.tobytes())
         return digest.hexdigest()
 
+    @functools.cached_property
+    def completion_lengths(self) -> np.ndarray:
+        """How many tokens each completion has, its end included, [N, 2]."""
+        return (np.diff(self.starts) - self.prompt_lengths).reshape(-1, 2)
+
+    def is_completion(self, indices: np.ndarray) -> np.ndarray:
+        """Returns which targets of some pairs belong to a completion, [pairs, 2, L] bool."""
+        targets = np.arange(self.context_length)
+        first = self.prompt_lengths.reshape(-1, 2)[indices, :, None] - 1
+        return (targets >= first) & (targets < first + self.completion_lengths[indices, :, None])
+
     def batch(self, indices: np.ndarray) -> Batch:
         """Returns the batch of some pairs."""
         shape = (2 * len(indices), self.context_length)
         batch = {"inputs": np.zeros(shape, np.int32), "targets": np.zeros(shape, np.int32)}
-        batch["weights"] = np.zeros(shape, np.float32)
+        batch["weights"] = self.is_completion(indices).astype(np.float32).reshape(shape)
         batch["positions"] = np.full(shape, PADDING, np.int32)
         for row, sequence in enumerate(np.stack([2 * indices, 2 * indices + 1], axis=1).ravel()):
             tokens = self.tokens[self.starts[sequence] : self.starts[sequence + 1]]
             length = len(tokens) - 1
             batch["inputs"][row, :length] = tokens[:-1]
             batch["targets"][row, :length] = tokens[1:]
-            batch["weights"][row, self.prompt_lengths[sequence] - 1 : length] = 1
             batch["positions"][row, :length] = np.arange(length)
         return {name: x.reshape(-1, 2, self.context_length) for name, x in batch.items()}
 
@@ -78,117 +101,58 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PreferenceBatches:
-    """Every batch of an endless run over the pairs: an epoch is a seeded permutation of all of them."""
+class Preferences:
+    """Pairs to train on, those of each file with its share of every batch; and pairs that are held out."""
 
-    pairs: Pairs
-    batch_size: int
-    seed: int
-    rows: slice  # of the global batch, those of this process
-    reference: np.ndarray | None = None  # [N, 2] float32
+    train: tuple[Pairs, ...]
+    weights: tuple[float, ...]
+    held_out: Pairs
 
-    def batch(self, step: int) -> Batch:
-        """Returns this process's rows of the global batch of a step."""
-        first = step * self.batch_size
-        epoch_P, index_P = np.divmod(np.arange(first, first + self.batch_size)[self.rows], len(self.pairs))
-        for epoch in np.unique(epoch_P):
-            keys, _ = epoch_order(self.seed, int(epoch))
-            now = epoch_P == epoch
-            index_P[now] = shuffled(index_P[now], len(self.pairs), keys)
-        batch = self.pairs.batch(index_P)
-        return batch if self.reference is None else batch | {"reference": self.reference[index_P]}
-
-    iterate = TrainBatches.iterate  # it asks for batch(step) only
+    def batches(self, batch_size: int, seed: int, rows: slice = ALL_ROWS) -> TrainBatches:
+        """Returns the batches of those to train on; batch_size is global, `rows` are this process's."""
+        total = sum(self.weights)
+        shares = [max(round(weight / total * SHARES), 1) for weight in self.weights]
+        parts = [Part(pairs, share, None) for pairs, share in zip(self.train, shares, strict=True)]
+        return TrainBatches(tuple(parts), batch_size, seed, rows)
 
 
-def read_pairs(path: str | os.PathLike, tokenizer: Tokenizer | None, context_length: int) -> Pairs:
-    """Returns the pairs of a JSONL file as tokens.
-
-    The prompt is tokenized by itself, so that both completions follow the same tokens. Where a pair is too long, the
-    prompt of both loses its beginning; a completion loses its end only if it is too long for the context by itself.
-
-    Raises:
-        UserError: no such file, no pair in it, a line that is none, or no tokenizer that can encode it.
-    """
-    require(
-        tokenizer is not None, "data.preferences needs a tokenizer, but data.source has none; set data.tokenizer_path."
-    )
-    texts = _read_texts(path)
-    try:
-        prompts, *completions = (tokenizer.encode_batch(column) for column in zip(*texts, strict=True))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    end = [] if tokenizer.separator_id is None else [tokenizer.separator_id]
-    sequences, prompt_lengths, cut_prompts, cut_completions = [], [], 0, 0
-    for row, (prompt, *pair) in enumerate(zip(prompts, *completions, strict=True)):
-        prompt = prompt if len(prompt) else end
-        require(len(prompt) > 0, f"Pair {row + 1} of {path} has no prompt, and the tokenizer no separator to stand in.")
-        whole = [np.append(completion, end) for completion in pair]
-        pair = [completion[:context_length] for completion in whole]
-        room = context_length + 1 - max(map(len, pair))
-        sequences += [np.append(prompt[-room:], completion).astype(np.int32) for completion in pair]
-        prompt_lengths += 2 * [min(len(prompt), room)]
-        cut_prompts += len(prompt) > room
-        cut_completions += sum(len(completion) > context_length for completion in whole)
-    _report(path, len(texts), context_length, cut_prompts, cut_completions)
-    starts = np.concatenate([[0], np.cumsum([len(sequence) for sequence in sequences])])
-    return Pairs(np.concatenate(sequences), starts, np.array(prompt_lengths), context_length)
+def with_reference(batches: TrainBatches, reference: np.ndarray) -> TrainBatches:
+    """Returns batches of pairs that have a reference: [N, 2], of the pairs of all parts, one after the other."""
+    ends = np.cumsum([len(part.source) for part in batches.parts])
+    pieces = zip(batches.parts, np.split(reference, ends[:-1]), strict=True)
+    parts = [replace(part, source=replace(part.source, reference=piece)) for part, piece in pieces]
+    return replace(batches, parts=tuple(parts))
 
 
-def _report(path, num_pairs, context_length, cut_prompts, cut_completions) -> None:
-    log.info("%s: %s pairs.", path, f"{num_pairs:,}")
-    if cut_prompts:
-        text = "%s of them are longer than model.context_length=%d: their prompts lose the beginning."
-        log.info(text, f"{cut_prompts:,}", context_length)
-    if cut_completions:
-        log.warning("%s completions are longer by themselves and lose the end.", f"{cut_completions:,}")
+class Reference(NamedTuple):
+    """Log-probabilities under the model that training starts from, in nats, float32."""
+
+    train: np.ndarray  # [N, 2], of the completions that are trained on
+    held_out: np.ndarray  # [tokens], of each token of those that are not
 
 
-def _read_texts(path: str | os.PathLike) -> list[tuple[str, str, str]]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            texts = [_parse(line, path, number) for number, line in enumerate(file, start=1) if line.strip()]
-    except OSError as error:
-        raise UserError(f"Cannot read data.preferences={str(path)!r}: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.preferences={str(path)!r} is not UTF-8: {error}.") from None
-    require(bool(texts), f"data.preferences={str(path)!r} has no pairs; a line is one, with {_NEEDED}.")
-    return texts
-
-
-_NEEDED = f"the texts {', '.join(FIELDS[:-1])} and {FIELDS[-1]}"
-
-
-def _parse(line: str, path: str | os.PathLike, number: int) -> tuple[str, ...]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path}, line {number}, is not JSON ({error}); it must have {_NEEDED}.") from None
-    wrong = [name for name in FIELDS if not isinstance(row, dict) or not isinstance(row.get(name), str)]
-    require(not wrong, f"{path}, line {number}, has no text {wrong and wrong[0]!r}; it must have {_NEEDED}.")
-    return tuple(row[name] for name in FIELDS)
-
-
-def write_reference(path: Path, key: str, reference: np.ndarray) -> None:
-    """Keeps log-probabilities [N, 2] under a key: readers and crashes see the old file or the new one, whole."""
+def write_reference(path: Path, key: str, reference: Reference) -> None:
+    """Keeps a reference under a key: readers and crashes see the old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            np.savez(file, key=key, reference=reference)
+            np.savez(file, key=key, **reference._asdict())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # a full disk: they can be computed again
-        temporary.unlink(missing_ok=True)
+    except OSError as error:  # a full disk: it can be computed again
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         log.warning("Cannot keep %s: %s.", path, error.strerror)
 
 
-def read_reference(path: Path, key: str) -> np.ndarray | None:
+def read_reference(path: Path, key: str) -> Reference | None:
     """Returns what was kept under a key; None if there is nothing, or it is damaged: the format has checksums."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["key"]) == key:
-                return file["reference"]
+                return Reference(*(file[name] for name in Reference._fields))
             log.warning("%s is of other pairs or another model; computing it again.", path)
     except FileNotFoundError:
         pass

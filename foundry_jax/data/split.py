@@ -1,41 +1,97 @@
-"""Which text is for training and which for validation. No seed enters: every run is measured on the same text."""
+"""Which documents are for training and which for validation. No seed enters: every run is measured on the same text."""
 
 import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import ClassVar
 
-from foundry_jax.data.sources.text import Document
+from foundry_jax.data.document import Document
 from foundry_jax.errors import UserError
+from foundry_jax.schema import require_range, variant
 
 
 @dataclasses.dataclass(frozen=True)
-class Texts:
-    """Non-empty texts that can be read again and again without being held in memory."""
+class Documents:
+    """Documents with text, which can be read again and again without being held in memory."""
 
-    read: Callable[[], Iterator[str]]
+    read: Callable[[], Iterable[Document]]
 
-    def __iter__(self) -> Iterator[str]:
-        return (text for text in self.read() if text)
+    def __iter__(self) -> Iterator[Document]:
+        return (document for document in self.read() if document.text)
+
+    def __bool__(self) -> bool:
+        return next(iter(self), None) is not None
 
 
-def split(documents: Iterable[Document], how: str, fraction: float) -> tuple[Texts, Texts]:
-    """Returns (training, validation) texts; how is "document", "tail" or "last", fraction the share of validation.
+@dataclasses.dataclass(frozen=True)
+class ByDocument:
+    """A share of the documents, chosen by a hash of their ids."""
+
+    name: ClassVar[str] = "document"
+    fraction: float = 0.05
+
+    def __post_init__(self):
+        require_range(self, f"data.validation={self.name}: ", fraction=(0.0001, 0.5))
+
+    def sides(self, documents: Iterable[Document]) -> tuple[Documents, Documents]:
+        """Returns (training, validation) documents."""
+        return tuple(Documents(partial(self._side, documents, validation)) for validation in (False, True))
+
+    def _side(self, documents: Iterable[Document], validation: bool) -> Iterator[Document]:
+        return (one for one in documents if in_validation(one.id, self.fraction) == validation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tail:
+    """The end of the text, cut as nanoGPT does: text[int(n * 0.9):]; of conversations the last ones, whole."""
+
+    name: ClassVar[str] = "tail"
+    fraction: float = 0.05
+
+    def __post_init__(self):
+        require_range(self, f"data.validation={self.name}: ", fraction=(0.0001, 0.5))
+
+    def sides(self, documents: Iterable[Document]) -> tuple[Documents, Documents]:
+        """Returns (training, validation) documents."""
+        first = next(iter(documents), None)
+        if first is not None and first.conversation:
+            total = sum(1 for _ in documents)
+            cut = max(total - max(round(total * self.fraction), 1), 0)
+            part = lambda start, stop: itertools.islice(documents, start, stop)  # noqa: E731
+        else:
+            total = sum(len(document.text) for document in documents)
+            cut = int(total * (1 - self.fraction))
+            part = partial(_span, documents)
+        return Documents(partial(part, 0, cut)), Documents(partial(part, cut, total))
+
+
+VALIDATIONS = {one.name: one for one in (ByDocument, Tail)}
+
+
+def parse(validation: str) -> ByDocument | Tail:
+    """Returns what data.validation stands for.
 
     Raises:
-        UserError: one side or both are empty.
+        UserError: an unknown name, or a fraction out of range.
     """
-    train, validation = {"document": _by_document, "tail": _by_tail, "last": _by_last}[how](documents, fraction)
-    empty = [what for what, texts in (("training", train), ("validation", validation)) if _is_empty(texts)]
+    return variant(validation, VALIDATIONS, "data.validation")
+
+
+def split(documents: Iterable[Document], validation: str) -> tuple[Documents, Documents]:
+    """Returns (training, validation) documents as data.validation says."""
+    return parse(validation).sides(documents)
+
+
+def require_both(sides: tuple[bool, bool], validation: str) -> None:
+    """Raises UserError, with advice, unless there are (training, validation) documents."""
+    empty = [what for what, there in zip(("training", "validation"), sides, strict=True) if not there]
     if len(empty) == 2:
         raise UserError("The data holds no text: there is nothing in data.path, or only empty files.")
     if empty:
-        raise UserError(
-            f"data.split={'tail' if how == 'last' else how} with data.validation_fraction={fraction:g} leaves no "
-            f"{empty[0]} text; try {'data.split=tail' if how == 'document' else 'more text'}."
-        )
-    return train, validation
+        advice = "data.validation=tail" if isinstance(parse(validation), ByDocument) else "more text"
+        raise UserError(f"data.validation={validation} leaves no {empty[0]} text; try {advice}.")
 
 
 def in_validation(document_id: str, fraction: float) -> bool:
@@ -44,38 +100,10 @@ def in_validation(document_id: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def _is_empty(texts: Texts) -> bool:
-    return next(iter(texts), None) is None
-
-
-def _by_document(documents: Iterable[Document], fraction: float) -> tuple[Texts, Texts]:
-    def side(validation: bool) -> Iterator[str]:
-        return (document.text for document in documents if in_validation(document.id, fraction) == validation)
-
-    return Texts(partial(side, False)), Texts(partial(side, True))
-
-
-def _by_tail(documents: Iterable[Document], fraction: float) -> tuple[Texts, Texts]:
-    """Returns the head and the tail of all characters in order, cut as nanoGPT does: text[:int(n * 0.9)]."""
-    total = sum(len(document.text) for document in documents)
-    cut = int(total * (1 - fraction))
-    return Texts(partial(_span, documents, 0, cut)), Texts(partial(_span, documents, cut, total))
-
-
-def _by_last(documents: Iterable[Document], fraction: float) -> tuple[Texts, Texts]:
-    """Returns the first and the last documents, whole ones: at least one for validation."""
-    total = sum(1 for _ in documents)
-    cut = max(total - max(round(total * fraction), 1), 0)
-
-    def part(start: int, stop: int) -> Iterator[str]:
-        return (document.text for document in itertools.islice(documents, start, stop))
-
-    return Texts(partial(part, 0, cut)), Texts(partial(part, cut, total))
-
-
-def _span(documents: Iterable[Document], start: int, stop: int) -> Iterator[str]:
+def _span(documents: Iterable[Document], start: int, stop: int) -> Iterator[Document]:
     """Yields the parts of the documents between two positions in their concatenation."""
     position = 0
     for document in documents:
-        yield document.text[max(start - position, 0) : max(stop - position, 0)]
+        text = document.text[max(start - position, 0) : max(stop - position, 0)]
+        yield document._replace(text=text)
         position += len(document.text)

@@ -30,7 +30,10 @@ SEPARATOR = "<|endoftext|>"
 # What a tokenizer made elsewhere calls its end of document: GPT-2, SmolLM and Qwen; Llama 3; Mistral; Gemma.
 SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>")
 WORD_END = re.compile(r"(?<=\S)[ \n]")
-PIECE_CHARACTERS = 1 << 20  # longer texts are cut, so that one file of a gigabyte neither fills memory nor one core
+# Longer texts are cut, so that one file of a gigabyte neither fills memory nor one core.
+PIECE_CHARACTERS = 1 << 14
+# Encoded at a time: the library's encodings take 200 bytes a token, and rare characters are a token a byte.
+GROUP_BYTES = 1 << 20
 
 
 class Tokenizer(abc.ABC):
@@ -40,6 +43,7 @@ class Tokenizer(abc.ABC):
     separator_id: the id put before, between and after documents; None where there is none.
     token_bytes: [vocab_size] int64, the UTF-8 bytes each id stands for (0 for control tokens); None if unknown.
     control_ids: the ids of the control tokens of BPE, by their spelling; encode never returns one of them.
+    unknown_id: the id of any text that the tokenizer has no token for; None: there is no such text, or it is an error.
     start_ids: what a pretrained model expects before every text; mostly nothing.
     chat_template: how its model spells conversations (see chat.py); None: it was not taught any.
     special_tokens: what such templates call some control tokens: {"eos_token": "<|im_end|>"}.
@@ -47,6 +51,7 @@ class Tokenizer(abc.ABC):
 
     vocab_size: int
     separator_id: int | None
+    unknown_id: int | None = None
     start_ids: tuple[int, ...] = ()
     chat_template: str | None = None
     special_tokens: Mapping[str, str] = MappingProxyType({})
@@ -58,11 +63,17 @@ class Tokenizer(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def for_corpus(cls, train: Iterable[str], validation: Iterable[str], vocab_size: int) -> Self:
-        """Returns a tokenizer fitted to a corpus, as far as this kind is fitted at all."""
+    def for_corpus(
+        cls, train: Iterable[str], validation: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()
+    ) -> Self:
+        """Returns a tokenizer fitted to a corpus, as far as this kind is fitted at all.
+
+        Raises:
+            UserError: this kind cannot have such control tokens.
+        """
 
     @classmethod
-    def spec(cls, vocab_size: int) -> str:
+    def spec(cls, vocab_size: int, special_tokens: Sequence[str] = ()) -> str:
         """Returns what, besides the corpus, decides the outcome of for_corpus."""
         return cls.__name__
 
@@ -135,8 +146,11 @@ class CharTokenizer(Tokenizer):
         self._code_points = np.array([*map(ord, self.characters), beyond_unicode], np.uint32)
 
     @classmethod
-    def for_corpus(cls, train: Iterable[str], validation: Iterable[str], vocab_size: int) -> Self:
+    def for_corpus(
+        cls, train: Iterable[str], validation: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()
+    ) -> Self:
         """Returns the tokenizer of all characters, those of the validation text too, as nanoGPT does."""
+        _refuse_special("char", special_tokens)
         characters: set[str] = set()
         for text in itertools.chain(train, validation):
             characters.update(text)
@@ -191,7 +205,11 @@ class ByteTokenizer(Tokenizer):
     separator_id = 256
 
     @classmethod
-    def for_corpus(cls, train: Iterable[str], validation: Iterable[str], vocab_size: int) -> Self:
+    def for_corpus(
+        cls, train: Iterable[str], validation: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()
+    ) -> Self:
+        """Returns the tokenizer, which is the same for every text."""
+        _refuse_special("byte", special_tokens)
         return cls()
 
     @property
@@ -222,29 +240,39 @@ class BPETokenizer(Tokenizer):
     """Byte-level byte pair encoding by the Hugging Face `tokenizers` library, or any tokenizer.json it reads.
 
     Sennrich et al. 2016, https://arxiv.org/abs/1508.07909, over bytes as in GPT-2. "<|endoftext|>" has id 0 when
-    fitted here. vocab_size is what to fit; afterwards what was reached, which is less if the text runs out of pairs.
+    fitted here. vocab_size is what to fit; afterwards what was reached, which is less if the text runs out of pairs,
+    and the special_tokens, further control tokens such as "<|im_end|>", whose ids follow.
     """
 
-    def __init__(self, vocab_size: int = 50257):
+    def __init__(self, vocab_size: int = 50257, special_tokens: Sequence[str] = ()):
         if vocab_size < 257:
             raise UserError(f"vocab_size={vocab_size} must be at least 257: 256 bytes and the separator.")
+        if not all(special_tokens) or len(set(special_tokens)) < len(special_tokens):
+            raise UserError(f"special_tokens={list(special_tokens)} must be different texts, and none empty.")
         self.vocab_size = vocab_size
         self.separator_id = None
         self.start_ids = ()
+        self._extra = [token for token in special_tokens if token != SEPARATOR]  # which there is anyway
         self._backend = None
         self._can_cut = False
 
     @classmethod
-    def for_corpus(cls, train: Iterable[str], validation: Iterable[str], vocab_size: int) -> Self:
+    def for_corpus(
+        cls, train: Iterable[str], validation: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()
+    ) -> Self:
         """Returns a tokenizer fitted to the training text alone: validation text must not shape it."""
-        return cls(vocab_size).fit(train)
+        return cls(vocab_size, special_tokens).fit(train)
 
     @classmethod
-    def spec(cls, vocab_size: int) -> str:
-        return f"{cls.__name__}:{vocab_size}"
+    def spec(cls, vocab_size: int, special_tokens: Sequence[str] = ()) -> str:
+        return ":".join([cls.__name__, str(vocab_size), *special_tokens])
 
     def fit(self, corpus: Iterable[str]) -> Self:
-        """Returns self, with merges learned from the texts."""
+        """Returns self, with merges learned from the texts.
+
+        Raises:
+            UserError: a special token is a token of text too.
+        """
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -255,10 +283,12 @@ class BPETokenizer(Tokenizer):
             show_progress=False,
         )
         backend.train_from_iterator(itertools.chain.from_iterable(map(pieces, corpus)), trainer)
-        wanted = self.vocab_size
+        if backend.get_vocab_size() < self.vocab_size:
+            log.warning("The text has pairs for a vocabulary of %d, not %d.", backend.get_vocab_size(), self.vocab_size)
+        if taken := backend.get_vocab().keys() & set(self._extra):
+            raise UserError(f"special_tokens: {min(taken)!r} is a token of text already; choose another spelling.")
+        backend.add_special_tokens(self._extra)
         self._adopt(backend)
-        if self.vocab_size < wanted:
-            log.warning("The text has pairs for a vocabulary of %d, not %d.", self.vocab_size, wanted)
         return self
 
     @property
@@ -280,7 +310,7 @@ class BPETokenizer(Tokenizer):
         parts = [[] for _ in texts]
         cut = pieces if self._can_cut else lambda text: [text]
         numbered = ((row, piece) for row, text in enumerate(texts) for piece in cut(text))
-        for group in batched(numbered, 4 * PIECE_CHARACTERS, size=lambda item: len(item[1])):
+        for group in batched(numbered, GROUP_BYTES, size=lambda item: len(item[1].encode())):
             encodings = self._fitted.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
             for (row, _), encoding in zip(group, encodings, strict=True):
                 parts[row].append(np.array(encoding.ids, np.uint32))
@@ -334,6 +364,7 @@ class BPETokenizer(Tokenizer):
         backend.no_padding()
         self.vocab_size = max(vocabulary.values()) + 1
         self.separator_id = vocabulary[separator]
+        self.unknown_id = _unknown_id(backend)
         self.start_ids = _start_ids(backend)
         self._backend = backend
         self._can_cut = _is_gpt2(backend)
@@ -361,11 +392,26 @@ def tokenizer_of(value: dict[str, Any], where: str | os.PathLike, *, end_id: int
     return _from_json(kind, value, where) if kind else _from_json(BPETokenizer, value, where, end_id=end_id)
 
 
+def _refuse_special(name: str, special_tokens: Sequence[str]) -> None:
+    if special_tokens:
+        raise UserError(
+            f"data.tokenizer={name} has no control tokens, such as {special_tokens[0]!r}; use data.tokenizer=bpe, or "
+            f"that of a pretrained model."
+        )
+
+
 def _start_ids(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
     """Returns the ids that the tokenizer's own template puts before a text, such as Llama 3's <|begin_of_text|>."""
     encoding = backend.encode("a")
     is_control = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
     return tuple(index for index, _ in itertools.takewhile(lambda item: item[1], is_control))
+
+
+def _unknown_id(backend: tokenizers.Tokenizer) -> int | None:
+    model = json.loads(backend.to_str())["model"]
+    if "unk_id" in model:  # Unigram's
+        return model["unk_id"]
+    return None if model.get("unk_token") is None else backend.token_to_id(model["unk_token"])
 
 
 def _is_gpt2(backend: tokenizers.Tokenizer) -> bool:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from foundry_jax.config import LOSSES, OPTIMIZERS, SCHEDULES, set_values
 from foundry_jax.errors import UserError
-from foundry_jax.mutate import architecture, promotions, training
+from foundry_jax.mutate import architecture, data, promotions, training
 from foundry_jax.registry import lookup, unknown
 
 MUTATIONS = {
@@ -56,6 +56,11 @@ MUTATIONS = {
     "lora_alpha": training.lora_alpha,
     "lora_dropout": training.lora_dropout,
     "steps": training.steps,
+    "conversation_format": data.conversation_format,
+    "data_filter": data.data_filter,
+    "packing": data.packing,
+    "curriculum": data.curriculum,
+    "constitution": data.constitution,
 }
 
 # A bare name in a config argument stands for "mutation=name"; a name may appear once only.
@@ -69,6 +74,8 @@ VARIANTS = {
     "loss": LOSSES,
     "schedule": SCHEDULES,
     "optimizer": OPTIMIZERS,
+    "conversation_format": data.FORMAT_VARIANTS,
+    "packing": data.PACKING_VARIANTS,
 }
 
 # All names that the mutations know, bare or not, with what they mean and where they come from.
@@ -78,6 +85,8 @@ CHOICES = VARIANTS | {
     "moe": architecture.ROUTER_VARIANTS,
     "rope_scaling": architecture.SCALING_VARIANTS,
     "embedding": architecture.EMBEDDING_VARIANTS,
+    "curriculum": data.CURRICULUM_VARIANTS,
+    "data_filter": data.FILTER_VARIANTS,
 }
 
 

@@ -18,13 +18,13 @@ def lr(config, peak: str):
         raise UserError(f"lr={peak!r} must be a number such as 3e-4.") from None
 
 
-def schedule(config, name: str):
-    """Shape of the learning rate over the run: cosine, linear, wsd or constant.
+def schedule(config, name: str, decay_fraction: str = ""):
+    """Shape of the learning rate over the run: cosine, linear, constant or wsd[:share of the steps spent decaying].
 
     Cosine: Loshchilov & Hutter 2016, 1608.03983; wsd: MiniCPM 2024, 2404.06395.
     """
-    lookup(SCHEDULES, name, "schedule")
-    return {"optimizer.schedule": name}
+    lookup(SCHEDULES, name.partition("(")[0], "schedule")
+    return {"optimizer.schedule": f"{name}({decay_fraction})" if decay_fraction else name}
 
 
 def optimizer(config, name: str):

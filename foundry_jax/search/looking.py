@@ -20,6 +20,7 @@ import numpy as np
 from foundry_jax import compilation, data, forecast, sharding, train
 from foundry_jax.config import Config, to_flat_dict
 from foundry_jax.data.hashing import sha256_json
+from foundry_jax.data_tools import TOOLS
 from foundry_jax.errors import UserError
 from foundry_jax.model import transformer
 from foundry_jax.optimizer import hyperparameters
@@ -54,7 +55,7 @@ def look_at(spec: str, contestant: Contestant, overrides: list[str], params: int
         "config": to_flat_dict(config),
         "program": program_key(config, plan),
         "validation_hash": corpus.validation_hash,
-        "validation_tokens": len(corpus.validation_tokens),
+        "validation_tokens": corpus.num_validation_tokens,
         "validation_bytes": corpus.validation_bytes,
         "scores": {task.label: list(task.task.metrics) for task in tasks},
     }
@@ -78,7 +79,7 @@ def prepare(config: Config) -> "tuple[Config, data.Corpus, list[Scheduled]]":
     train.require_known_trackers(config)
     source = train.open_source(config)
     tasks = train.tasks_of(config)
-    corpus = data.prepare(config.data, train.tokenizer_of(config, source))
+    corpus = data.prepare(config.data, train.tokenizer_of(config, source), TOOLS)
     return train.with_vocabulary(config, train.vocab_size_of(config, corpus, source)), corpus, tasks
 
 
@@ -101,7 +102,7 @@ def costs(config: Config, plan: sharding.Plan, batches: train.Batches, corpus: d
     compile_seconds, step_seconds = time_steps(config, plan, batches)
     tokens_per_step = int(np.prod(config.batch_shape))
     flops_per_token = forecast.train_flops_per_token(config)
-    validation = len(corpus.validation_tokens) * transformer.flops_per_token(config.model)
+    validation = corpus.num_validation_tokens * transformer.flops_per_token(config.model)
     evaluations = 2 * -(-config.num_steps // config.eval.every)  # of raw and averaged parameters
     eval_seconds = validation / (tokens_per_step * flops_per_token) * step_seconds
     tokens = config.num_steps * tokens_per_step

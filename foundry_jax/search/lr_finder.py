@@ -18,6 +18,7 @@ import numpy as np
 
 from foundry_jax import compilation, data, sharding, train
 from foundry_jax.config import SCHEDULES, Config
+from foundry_jax.data_tools import TOOLS
 from foundry_jax.errors import UserError
 from foundry_jax.model import lora, transformer
 from foundry_jax.optimizer import Hyperparameters, hyperparameters, learning_rate_at
@@ -86,7 +87,7 @@ class Finder:
         if config.lora.rank:
             lora.target_paths(config.model, config.lora.targets)
         self.source = train.open_source(config)
-        corpus = data.prepare(config.data, train.tokenizer_of(config, self.source))
+        corpus = data.prepare(config.data, train.tokenizer_of(config, self.source), TOOLS)
         self.config = train.with_vocabulary(config, train.vocab_size_of(config, corpus, self.source))
         self.num_steps, self.program, self.hyper = num_steps, Program.of(self.config), hyperparameters(self.config)
         self.plan = sharding.plan(transformer.num_params(self.config.model), jax.device_count(), config.sharding)

@@ -153,7 +153,7 @@ def _of_validation(folder: Folder, result: Mapping[str, Any], metric: Metric) ->
     if metric.name not in values:
         raise UserError(
             f"{folder} has no {metric.name}: the size in bytes of its validation text is not known. Use --metric "
-            f"{metric.name.replace('bits_per_byte', 'loss')}, or give data.tokenizer_path."
+            f"{metric.name.replace('bits_per_byte', 'loss')}, or give data.tokenizer."
         )
     blocks = read_validation_blocks(folder)
     if blocks is None:

@@ -230,7 +230,7 @@ class Sweep:
             require(
                 not need_bytes,
                 f"There is no {metric.name}, because the size in bytes of the validation text is not known: use "
-                f"--metric={metric.name.replace('bits_per_byte', 'loss')}, or give data.tokenizer_path.",
+                f"--metric={metric.name.replace('bits_per_byte', 'loss')}, or give data.tokenizer.",
             )
             return
         scores = incumbent["scores"].get(metric.task)

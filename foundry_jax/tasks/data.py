@@ -5,7 +5,6 @@ a folder; each task says which names it looks for in a folder, and what a record
 $FOUNDRY_EVAL_DATA; without that, it is the data set on the Hugging Face hub, if the package `datasets` is there.
 """
 
-import contextlib
 import dataclasses
 import gzip
 import importlib
@@ -14,16 +13,11 @@ import json
 import logging
 import os
 import pathlib
-import threading
-import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import huggingface_hub
-import huggingface_hub.constants
-
+from foundry_jax.data.hub import hub_answers, may_be_cached, offline
 from foundry_jax.errors import UserError
 from foundry_jax.schema import require
 
@@ -32,7 +26,6 @@ log = logging.getLogger(__name__)
 VARIABLE = "FOUNDRY_EVAL_DATA"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 SHARDS = "-?????-of-?????.parquet"  # as the hub names the parts of a split
-HUB_SECONDS = 2.0  # to hear from the hub at all: without a network the user shall know within 5 s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +221,7 @@ def _from_hub(layout: Layout, split: str) -> Split:
     )
     answers = hub_answers(repository)()
     require(
-        answers or _may_be_cached(repository),
+        answers or may_be_cached(repository),
         f"{what} for {repository} the hub does not answer, nor is it in the cache. {instead}",
     )
     datasets = importlib.import_module("datasets")
@@ -240,57 +233,6 @@ def _from_hub(layout: Layout, split: str) -> Split:
     log.info("%s: %s records of %s.", layout.task, f"{len(rows):,}", repository)
     records = [Record(f"{repository}, {split}, row {i},", row, layout.shape) for i, row in enumerate(rows, start=1)]
     return Split(records, repository)
-
-
-def hub_answers(repository: str) -> Callable[[], bool]:
-    """Returns what waits until HUB_SECONDS from now, and returns whether the hub answers.
-
-    It is asked in a thread, as looking up its address may take long to fail.
-    """
-    answered = threading.Event()
-
-    def ask() -> None:
-        try:
-            huggingface_hub.dataset_info(repository, timeout=HUB_SECONDS)
-        except Exception as error:  # an answer of any kind is one: load_dataset will say more
-            if getattr(error, "response", None) is None:
-                log.debug("No answer about %s: %s", repository, error)
-                return
-        answered.set()
-
-    def wait() -> bool:
-        thread.join(max(0.0, deadline - time.monotonic()))
-        return answered.is_set()
-
-    thread, deadline = threading.Thread(target=ask, daemon=True), time.monotonic() + HUB_SECONDS
-    thread.start()
-    return wait
-
-
-def _may_be_cached(repository: str) -> bool:
-    """Returns whether the cache of `datasets`, which takes seconds to import, has a folder of that name."""
-    home = os.environ.get("HF_DATASETS_CACHE") or pathlib.Path(huggingface_hub.constants.HF_HOME) / "datasets"
-    folder = pathlib.Path(home).expanduser()
-    name = _letters(repository.rpartition("/")[2])
-    return folder.is_dir() and any(name in _letters(path.name) for path in folder.iterdir())
-
-
-def _letters(text: str) -> str:
-    return "".join(filter(str.isalnum, text.lower()))
-
-
-@contextlib.contextmanager
-def offline(datasets: ModuleType, *, active: bool) -> Iterator[None]:
-    """Lets `datasets` look at nothing but its cache: without a network it asks again and again, for minutes."""
-    modules = [datasets.config, huggingface_hub.constants] if active else []
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    for module in modules:
-        module.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
 
 
 def _line(error: Exception) -> str:

@@ -15,16 +15,17 @@ from foundry_jax.zoo.source import EVERYTHING, Source
 class Adapted(Source):
     """W + scale a b wherever there are adapters, in float32; the rest as the base has it."""
 
-    def __init__(self, name: str, base: Source, adapters: dict, scale: float):
+    def __init__(self, name: str, base: Source, adapters: dict, scale: float, words: Source | None = None):
         """Reads no weights of the base.
 
         Args:
             adapters: {"block_0": {"attention": {"query": {"a": [*in_shape, r], "b": [r, *out_shape]}}}}, layers not
                 scanned.
             scale: alpha / r, or alpha / sqrt(r).
+            words: whose tokenizer, chat template and ends it has, if not the base's.
         """
         self.name, self.base, self.adapters, self.scale = name, base, adapters, scale
-        self.model = base.model
+        self.model, self.words = base.model, words or base
 
     def slowest(self, path: str) -> int:
         return self.base.slowest(path)
@@ -51,10 +52,10 @@ class Adapted(Source):
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        return self.base.stop_ids
+        return self.words.stop_ids
 
     def tokenizer(self) -> Tokenizer | None:
-        return self.base.tokenizer()
+        return self.words.tokenizer()
 
     def texts(self) -> Mapping[str, str]:
-        return self.base.texts()
+        return self.words.texts()

@@ -121,12 +121,21 @@ def open_run(
     )
     if meaningful(base.model) | {"context_length": 0} != meaningful(run.model) | {"context_length": 0}:
         base = Grafted(run, base)
-    return Adapted(str(path), base, _adapters(run), settings.scale)
+    return Adapted(str(path), base, _adapters(run), settings.scale, words=run if _speaks_otherwise(run, base) else None)
+
+
+def _speaks_otherwise(run: RunSource, base: Source) -> bool:
+    """Returns whether a run learned to converse in another format than its base."""
+    own, other = run.tokenizer(), base.tokenizer()
+    return own is not None and (other is None or own.chat_template != other.chat_template)
 
 
 def stop_ids_of(tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """Returns what ends the text of a model that was trained here: the separator, which ended every document."""
-    return () if tokenizer is None or tokenizer.separator_id is None else (tokenizer.separator_id,)
+    """Returns what ends the text of a model that was trained here: what ended every document, and every turn."""
+    if tokenizer is None:
+        return ()
+    turn = tokenizer.control_ids.get(tokenizer.special_tokens.get("eos_token", ""))
+    return tuple(dict.fromkeys(index for index in (tokenizer.separator_id, turn) if index is not None))
 
 
 def _adapters(run: RunSource) -> dict:

@@ -35,7 +35,7 @@ from foundry_jax.train_step import Program, eval_step, init_state, train_step, u
 
 # Byte tokens and 14 kB of the text to validate on: a fifth of a second a run (2 busy cores).
 SETTINGS = (
-    "num_steps=60", "data.validation_fraction=0.004", "eval.every=60", "checkpoint.every=60",
+    "num_steps=60", "data.validation=document(0.004)", "eval.every=60", "checkpoint.every=60",
     "optimizer.warmup_steps=6", "optimizer.learning_rate=7e-3", "optimizer.min_learning_rate=7e-4", "log.every=60",
 )  # fmt: skip
 QUICK = ("num_steps=8", "eval.every=8", "checkpoint.every=8")
@@ -60,11 +60,8 @@ class Population:
         self.corpus = data.prepare(settings.data, None)
         self.settings = train.with_vocabulary(settings, self.corpus.vocab_size)
         self.folder = folder
-        batches = data.validation_batches(
-            self.corpus.validation_tokens,
-            batch_size=settings.eval.batch_size,
-            context_length=settings.model.context_length,
-        )
+        sizes = {"batch_size": settings.eval.batch_size, "context_length": settings.model.context_length}
+        (batches,) = data.validation(self.corpus, **sizes)
         validation = jax.tree.map(lambda *x: np.stack(x), *batches)
         one = functools.partial(_run, Program.of(self.settings), validation)
         self.program = jax.jit(lambda hyper, batches: jax.lax.map(lambda x: one(*x), (hyper, batches)))
@@ -88,9 +85,8 @@ class Population:
         """Returns the hyperparameters of a run and all its batches, [steps, B, L]."""
         steps, size, length = settings.num_steps, settings.data.batch_size, settings.model.context_length
         # The order of windows does not depend on the size of a batch, so one large batch is all of them.
-        batches = data.train_batches(
-            self.corpus.train_tokens, batch_size=steps * size, context_length=length, seed=settings.seed
-        )
+        all_at_once = dataclasses.replace(settings.data, batch_size=steps * size)
+        batches = data.training(self.corpus, all_at_once, context_length=length, num_steps=steps, seed=settings.seed)
         return hyperparameters(settings), {name: x.reshape(steps, size, length) for name, x in batches.batch(0).items()}
 
     def keep(self, settings: Config, nats: np.ndarray) -> pathlib.Path:

@@ -16,7 +16,7 @@ CASES = {
     # config: (overrides, steps per checkpoint as they are trained, and as they are in earnest, goal)
     "configs/tiny.py": (["checkpoint.every=100", "eval.every=300"], 100, 100, 0.05),
     "configs/baseline.py": (
-        ["num_steps=4", "checkpoint.every=2", "data.validation_fraction=0.01", "log.every=1"],
+        ["num_steps=4", "checkpoint.every=2", "data.validation=document(0.01)", "log.every=1"],
         2,
         100,
         0.02,

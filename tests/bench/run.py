@@ -15,6 +15,8 @@ BENCHMARKS = (
     "crash_safety.py",
     "sweep_crash_safety.py",
     "data_speed.py",
+    "data_pipeline.py",
+    "near_duplicates.py",
 )
 
 

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from foundry_jax.config import DataConfig
-from foundry_jax.data import load_tokenizer, prepare, train_batches, validation_batches
+from foundry_jax.data import prepare, training, validation
 from foundry_jax.data.tokenize import BPETokenizer, ByteTokenizer
 from foundry_jax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 SHAKESPEARE = REPOSITORY.parent / "shared" / "data" / "tinyshakespeare.txt"
+ENTRIES = 3  # of the cache: the tokenizer, the training tokens, the validation tokens
 DOCUMENTS = {f"{number:02}.txt": f"Document {number}: café " + "la " * number for number in range(40)}
 
 
@@ -40,13 +41,27 @@ def config(tmp_path, folder):
         preferences="",
         path=str(folder),
         tokenizer="byte",
-        tokenizer_path="",
         vocab_size=300,
-        split="document",
-        validation_fraction=0.2,
+        validation="document(0.2)",
+        filters="",
+        format="own",
+        packing="stream",
+        curriculum="none",
         batch_size=2,
         cache_dir=str(tmp_path / "cache"),
     )
+
+
+def train_of(corpus):
+    """The training tokens of a corpus of one source."""
+    (part,) = corpus.train
+    return part.stream.tokens
+
+
+def held_of(corpus):
+    """The validation tokens of a corpus of one source."""
+    (held,) = corpus.validation
+    return held.stream.tokens
 
 
 def changed(config, **values):
@@ -67,18 +82,18 @@ def documents_of(corpus, tokens):
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
 def test_streams_hold_every_document_once_after_a_separator(config, tokenizer):
     corpus = prepare(changed(config, tokenizer=tokenizer))
-    train = documents_of(corpus, corpus.train_tokens)
-    validation = documents_of(corpus, corpus.validation_tokens)
+    train = documents_of(corpus, train_of(corpus))
+    validation = documents_of(corpus, held_of(corpus))
     assert len(validation) > 3
     assert sorted(train + validation) == sorted(DOCUMENTS.values())
     assert corpus.vocab_size == {"byte": 257, "bpe": 300}[tokenizer]
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe", "char"])
-@pytest.mark.parametrize("split", ["document", "tail"])
-def test_validation_bytes_are_those_the_predicted_tokens_decode_to(config, tokenizer, split):
-    corpus = prepare(changed(config, tokenizer=tokenizer, split=split))
-    predicted = corpus.validation_tokens[1:]
+@pytest.mark.parametrize("validation", ["document(0.2)", "tail(0.2)"])
+def test_validation_bytes_are_those_the_predicted_tokens_decode_to(config, tokenizer, validation):
+    corpus = prepare(changed(config, tokenizer=tokenizer, validation=validation))
+    predicted = held_of(corpus)[1:]
     assert corpus.validation_bytes == len(corpus.tokenizer.decode(predicted).replace("<|endoftext|>", "").encode())
     assert corpus.validation_bytes == corpus.tokenizer.token_bytes[predicted].sum()
 
@@ -87,24 +102,24 @@ def test_validation_hash_is_of_the_text_whatever_the_tokenizer(config):
     corpora = [prepare(changed(config, tokenizer=name)) for name in ("byte", "bpe", "char")]
     assert len({corpus.validation_hash for corpus in corpora}) == 1
     digest = hashlib.sha256()
-    for text in documents_of(corpora[0], corpora[0].validation_tokens):
+    for text in documents_of(corpora[0], held_of(corpora[0])):
         digest.update(len(text.encode()).to_bytes(8, "little") + text.encode())
     assert corpora[0].validation_hash == digest.hexdigest()
-    assert prepare(changed(config, validation_fraction=0.4)).validation_hash != digest.hexdigest()
+    assert prepare(changed(config, validation="document(0.4)")).validation_hash != digest.hexdigest()
 
 
 def test_char_concatenates_and_knows_every_character(config):
-    corpus = prepare(changed(config, tokenizer="char", split="tail"))
+    corpus = prepare(changed(config, tokenizer="char", validation="tail(0.2)"))
     text = "".join(DOCUMENTS[name] for name in sorted(DOCUMENTS))
     cut = int(len(text) * 0.8)
-    assert corpus.tokenizer.decode(corpus.train_tokens) == text[:cut]
-    assert corpus.tokenizer.decode(corpus.validation_tokens) == text[cut:]
+    assert corpus.tokenizer.decode(train_of(corpus)) == text[:cut]
+    assert corpus.tokenizer.decode(held_of(corpus)) == text[cut:]
     assert corpus.vocab_size == len(set(text))
 
 
 def test_bpe_is_fitted_to_training_text_only(config, folder):
     before = prepare(changed(config, tokenizer="bpe"))
-    (name,) = [name for name in DOCUMENTS if DOCUMENTS[name] in documents_of(before, before.validation_tokens)][:1]
+    (name,) = [name for name in DOCUMENTS if DOCUMENTS[name] in documents_of(before, held_of(before))][:1]
     (folder / name).write_text("zqzqzq " * 500)
     after = prepare(changed(config, tokenizer="bpe"))
     assert after.validation_hash != before.validation_hash
@@ -116,9 +131,9 @@ def test_control_token_in_a_document_adds_no_document(config, folder):
     (folder / "00.txt").write_text("a<|endoftext|>b")
     for tokenizer in ("byte", "bpe"):
         corpus = prepare(changed(config, tokenizer=tokenizer))
-        separators = np.concatenate([corpus.train_tokens, corpus.validation_tokens]) == corpus.tokenizer.separator_id
+        separators = np.concatenate([train_of(corpus), held_of(corpus)]) == corpus.tokenizer.separator_id
         assert separators.sum() == len(DOCUMENTS)
-        assert len(corpus.train_tokens) != len(before.train_tokens)
+        assert len(train_of(corpus)) != len(train_of(before))
 
 
 def test_empty_documents_add_no_tokens(config, folder):
@@ -126,14 +141,14 @@ def test_empty_documents_add_no_tokens(config, folder):
     for number in range(20):
         (folder / f"empty{number}").write_text("")
     after = prepare(config)
-    assert (len(after.train_tokens), after.validation_hash) == (len(before.train_tokens), before.validation_hash)
+    assert (len(train_of(after)), after.validation_hash) == (len(train_of(before)), before.validation_hash)
 
 
 def test_many_batches_of_documents_give_the_same_stream(config, monkeypatch):
     whole = prepare(changed(config, tokenizer="bpe"))
-    monkeypatch.setattr("foundry_jax.data.corpus.BATCH_CHARACTERS", 50)
+    monkeypatch.setattr("foundry_jax.data.encoding.BATCH_CHARACTERS", 50)
     pieces = prepare(changed(config, tokenizer="bpe", cache_dir=config.cache_dir + "2"))
-    np.testing.assert_array_equal(whole.train_tokens, pieces.train_tokens)
+    np.testing.assert_array_equal(train_of(whole), train_of(pieces))
 
 
 def test_a_large_vocabulary_is_stored_in_32_bits(config, tmp_path):
@@ -141,11 +156,11 @@ def test_a_large_vocabulary_is_stored_in_32_bits(config, tmp_path):
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 70000, "content": "<far>"})
     tokenizer["model"]["vocab"]["<far>"] = 70000
     (tmp_path / "far.json").write_text(json.dumps(tokenizer))
-    corpus = prepare(changed(config, tokenizer_path=str(tmp_path / "far.json")))
+    corpus = prepare(changed(config, tokenizer=str(tmp_path / "far.json")))
     assert corpus.vocab_size == 70001
-    assert corpus.train_tokens.dtype == np.uint32
-    assert prepare(config).train_tokens.dtype == np.uint16
-    assert sorted(documents_of(corpus, corpus.train_tokens) + documents_of(corpus, corpus.validation_tokens)) == sorted(
+    assert train_of(corpus).dtype == np.uint32
+    assert train_of(prepare(config)).dtype == np.uint16
+    assert sorted(documents_of(corpus, train_of(corpus)) + documents_of(corpus, held_of(corpus))) == sorted(
         DOCUMENTS.values()
     )
 
@@ -153,7 +168,7 @@ def test_a_large_vocabulary_is_stored_in_32_bits(config, tmp_path):
 def test_tokenizer_path_replaces_fitting(config, tmp_path):
     tokenizer = BPETokenizer(280).fit(["other text"] * 3)
     tokenizer.save(tmp_path / "mine.json")
-    corpus = prepare(changed(config, tokenizer="bpe", tokenizer_path=str(tmp_path / "mine.json")))
+    corpus = prepare(changed(config, tokenizer=str(tmp_path / "mine.json")))
     assert corpus.tokenizer.hash == tokenizer.hash
     assert corpus.vocab_size == tokenizer.vocab_size
 
@@ -162,7 +177,7 @@ def test_a_tokenizer_that_loses_text_is_reported(config, tmp_path, caplog):
     value = BPETokenizer(300).fit(DOCUMENTS.values()).to_json()
     value["normalizer"] = {"type": "Lowercase"}
     (tmp_path / "lower.json").write_text(json.dumps(value))
-    prepare(changed(config, tokenizer_path=str(tmp_path / "lower.json")))
+    prepare(changed(config, tokenizer=str(tmp_path / "lower.json")))
     assert "does not reproduce" in caplog.text
 
 
@@ -171,8 +186,8 @@ def test_second_call_reads_the_cache_and_tokens_are_mapped(config, monkeypatch):
     monkeypatch.setattr(BPETokenizer, "fit", lambda *_: pytest.fail("fitted again"))
     monkeypatch.setattr(BPETokenizer, "encode_batch", lambda *_: pytest.fail("encoded again"))
     again = prepare(changed(config, tokenizer="bpe"))
-    assert isinstance(again.train_tokens, np.memmap) and not again.train_tokens.flags.writeable
-    np.testing.assert_array_equal(first.train_tokens, again.train_tokens)
+    assert isinstance(train_of(again), np.memmap) and not train_of(again).flags.writeable
+    np.testing.assert_array_equal(train_of(first), train_of(again))
     assert again.tokenizer.hash == first.tokenizer.hash
     assert (again.validation_hash, again.validation_bytes) == (first.validation_hash, first.validation_bytes)
 
@@ -182,57 +197,53 @@ def test_what_changes_the_tokens_changes_the_entry_and_nothing_else_does(config,
     same = [{"batch_size": 7}, {"vocab_size": 999}]  # bytes have no vocabulary to choose
     for values in same:
         prepare(changed(config, **values))
-    assert len(cache_folders(config)) == 1
-    different = [{"split": "tail"}, {"validation_fraction": 0.3}, {"tokenizer": "bpe"}, {"tokenizer": "char"}]
+    assert len(cache_folders(config)) == ENTRIES
+    different = [
+        {"validation": "tail(0.2)"},
+        {"validation": "document(0.3)"},
+        {"tokenizer": "bpe"},
+        {"tokenizer": "char"},
+    ]
     for values in different:
         prepare(changed(config, **values))
     (folder / "00.txt").write_text("changed")
     prepare(config)
-    assert len(cache_folders(config)) == 2 + len(different)
+    assert len(cache_folders(config)) == ENTRIES * (2 + len(different))
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json", "meta.json"])
+@pytest.mark.parametrize("name", ["tokens.bin", "starts.npy", "tokenizer.json", "meta.json"])
 def test_a_damaged_entry_is_reported_and_rebuilt(config, name, caplog):
-    expected = prepare(config).train_tokens.tolist()
-    (entry,) = cache_folders(config)
-    data = (entry / name).read_bytes()
-    (entry / name).write_bytes(data[: len(data) // 2])
-    assert prepare(config).train_tokens.tolist() == expected
-    assert "is damaged" in caplog.text
-    assert (entry / name).read_bytes() == data
-
-
-def test_an_entry_of_the_cache_is_itself_a_bin_source(config):
-    text = prepare(changed(config, tokenizer="bpe"))
-    (entry,) = cache_folders(config)
-    corpus = prepare(changed(config, source="bin", path=str(entry)))
-    np.testing.assert_array_equal(corpus.train_tokens, text.train_tokens)
-    assert corpus.tokenizer.hash == text.tokenizer.hash
-    assert (corpus.vocab_size, corpus.validation_bytes) == (text.vocab_size, text.validation_bytes)
+    expected = train_of(prepare(config)).tolist()
+    for path in [entry / name for entry in cache_folders(config) if (entry / name).is_file()]:
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+        assert train_of(prepare(config)).tolist() == expected
+        assert "is damaged" in caplog.text
+        assert path.read_bytes() == data
 
 
 @pytest.mark.skipif(not SHAKESPEARE.is_file(), reason=f"needs {SHAKESPEARE}")
 def test_nanogpts_shakespeare_is_reproduced(config):
-    corpus = prepare(changed(config, path=str(SHAKESPEARE), tokenizer="char", split="tail", validation_fraction=0.1))
+    corpus = prepare(changed(config, path=str(SHAKESPEARE), tokenizer="char", validation="tail(0.1)"))
     text = SHAKESPEARE.read_text("utf-8")
     assert corpus.vocab_size == 65
-    assert (len(corpus.train_tokens), len(corpus.validation_tokens)) == (1003854, 111540)
+    assert (len(train_of(corpus)), len(held_of(corpus))) == (1003854, 111540)
     ids = {character: index for index, character in enumerate(sorted(set(text)))}
-    assert corpus.train_tokens[:1000].tolist() == [ids[character] for character in text[:1000]]
-    assert corpus.validation_tokens.tolist() == [ids[character] for character in text[int(len(text) * 0.9) :]]
+    assert train_of(corpus)[:1000].tolist() == [ids[character] for character in text[:1000]]
+    assert held_of(corpus).tolist() == [ids[character] for character in text[int(len(text) * 0.9) :]]
     assert corpus.validation_bytes == 111539
 
 
 def test_pystdlib_can_be_trained_on(config):
-    corpus = prepare(changed(config, source="pystdlib", path="", validation_fraction=0.05))
-    assert len(corpus.train_tokens) > 5_000_000 and len(corpus.validation_tokens) > 100_000
-    assert "import" in corpus.tokenizer.decode(corpus.train_tokens[:20000])
-    batch = train_batches(corpus.train_tokens, batch_size=2, context_length=64, seed=0).batch(0)
+    corpus = prepare(changed(config, source="pystdlib", path="", validation="document(0.05)"))
+    assert len(train_of(corpus)) > 5_000_000 and len(held_of(corpus)) > 100_000
+    assert "import" in corpus.tokenizer.decode(train_of(corpus)[:20000])
+    batch = training(corpus, config, context_length=64, num_steps=1, seed=0).batch(0)
     assert batch["inputs"].max() <= 256
-    batches = validation_batches(corpus.validation_tokens, batch_size=64, context_length=256)
-    assert sum(batch["weights"].sum() for batch in batches) == len(corpus.validation_tokens) - 1
+    (batches,) = validation(corpus, batch_size=64, context_length=256)
+    assert sum(batch["weights"].sum() for batch in batches) == len(held_of(corpus)) - 1
     start = time.perf_counter()
-    prepare(changed(config, source="pystdlib", path="", validation_fraction=0.05))
+    prepare(changed(config, source="pystdlib", path="", validation="document(0.05)"))
     assert time.perf_counter() - start < 5  # measured 0.18 s; the room is for busy machines
 
 
@@ -251,7 +262,7 @@ def bin_config(config, tmp_path):
 
 def test_bin_without_a_tokenizer_is_tokens_and_no_more(bin_config):
     corpus = prepare(bin_config)
-    assert bytes(corpus.train_tokens[1:9].tolist()) == b"training"
+    assert bytes(train_of(corpus)[1:9].tolist()) == b"training"
     assert corpus.tokenizer is None and corpus.validation_bytes is None
     assert corpus.vocab_size == 257
     assert corpus.validation_hash == hashlib.sha256(Path(bin_config.path, "val.bin").read_bytes()).hexdigest()
@@ -259,9 +270,9 @@ def test_bin_without_a_tokenizer_is_tokens_and_no_more(bin_config):
 
 def test_bin_with_a_tokenizer_knows_its_bytes(bin_config, tmp_path):
     ByteTokenizer().save(tmp_path / "byte.json")
-    corpus = prepare(changed(bin_config, tokenizer_path=str(tmp_path / "byte.json")))
+    corpus = prepare(changed(bin_config, tokenizer=str(tmp_path / "byte.json")))
     assert corpus.validation_bytes == len(b"alidationtext")
-    assert corpus.tokenizer.decode(corpus.validation_tokens[:10]) == "validation"
+    assert corpus.tokenizer.decode(held_of(corpus)[:10]) == "validation"
 
 
 def test_bin_is_scanned_once_until_it_changes(bin_config, monkeypatch):
@@ -292,7 +303,7 @@ def test_tokens_of_another_tokenizer_are_refused_with_both_hashes(bin_config, tm
     ByteTokenizer().save(tmp_path / "byte.json")
     Path(bin_config.path, "meta.json").write_text('{"tokenizer_hash": "abc123"}')
     with pytest.raises(UserError, match=f"made with tokenizer abc123, not with this one, {ByteTokenizer().hash}"):
-        prepare(changed(bin_config, tokenizer_path=str(tmp_path / "byte.json")))
+        prepare(changed(bin_config, tokenizer=str(tmp_path / "byte.json")))
 
 
 # Mistakes.
@@ -301,11 +312,11 @@ def test_tokens_of_another_tokenizer_are_refused_with_both_hashes(bin_config, tm
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"source": "txt"}, r"Unknown data\.source 'txt'\. Did you mean 'text'\? Choose from: bin, chat, pystdlib"),
+        ({"source": "txt"}, r"Unknown data\.source 'txt'\. Did you mean 'text'\? Choose from: bin, chat"),
         ({"tokenizer": "bpee"}, r"Unknown data\.tokenizer 'bpee'\. Did you mean 'bpe'\? Choose from: bpe, byte, char"),
         ({"path": "nowhere"}, "No file or folder at data.path='nowhere'"),
-        ({"tokenizer_path": "nowhere.json"}, r"Cannot read the tokenizer nowhere\.json: No such file"),
-        ({"validation_fraction": 0.0001}, "leaves no validation text; try data.split=tail"),
+        ({"tokenizer": "nowhere.json"}, r"Cannot read the tokenizer nowhere\.json: No such file"),
+        ({"validation": "document(0.0001)"}, "leaves no validation text; try data.validation=tail"),
     ],
 )
 def test_mistakes_are_named_in_one_line(config, values, message):
@@ -318,7 +329,7 @@ def test_text_that_is_not_utf8_leaves_no_entry(config, folder):
     (folder / "99.txt").write_bytes(b"good until \xff")
     with pytest.raises(UserError, match=r"99\.txt is not UTF-8: byte 0xff at offset 11"):
         prepare(config)
-    assert cache_folders(config) == []
+    assert not any((entry / "tokens.bin").exists() for entry in cache_folders(config))
 
 
 def test_empty_text_is_refused(config, tmp_path):
@@ -335,7 +346,7 @@ def read_only_cache(config):
         texts = Path(place, "texts")
         texts.mkdir()
         (texts / "a.txt").write_text("some text " * 20)
-        config = changed(config, path=str(texts), split="tail", cache_dir=str(Path(place, "cache")))
+        config = changed(config, path=str(texts), validation="tail(0.2)", cache_dir=str(Path(place, "cache")))
         prepare(config)
         tokens = Path(config.cache_dir, "tokens")
         mode = tokens.stat().st_mode
@@ -351,7 +362,7 @@ def read_only_cache(config):
 
 
 def test_a_read_only_cache_serves_what_it_has_and_says_so_when_it_has_not(read_only_cache):
-    assert len(prepare(read_only_cache).train_tokens) == 161
+    assert len(train_of(prepare(read_only_cache))) == 161
     with pytest.raises(UserError, match=r"Cannot write the token cache .*: Permission denied; free some space, or set"):
         prepare(changed(read_only_cache, tokenizer="char"))
 
@@ -376,7 +387,8 @@ def stop_halfway(self, texts):
 
 ByteTokenizer.encode_batch = stop_halfway
 import json
-print(len(prepare(SimpleNamespace(**json.loads(sys.argv[1]))).train_tokens))
+(part,) = prepare(SimpleNamespace(**json.loads(sys.argv[1]))).train
+print(len(part.stream.tokens))
 """
 
 
@@ -401,8 +413,8 @@ def test_of_two_processes_at_once_one_builds_and_the_other_waits(config, tmp_pat
     (tmp_path / "go").touch()
     outputs = [process.communicate(timeout=30) for process in (builder, waiter)]
     assert [process.returncode for process in (builder, waiter)] == [0, 0]
-    assert "Building" in outputs[0][1] and "Building" not in outputs[1][1]
-    assert outputs[0][0] == outputs[1][0] == f"{len(prepare(config).train_tokens)}\n"
+    assert sum(output[1].count("Building") for output in outputs) == ENTRIES  # whoever is first builds the next one
+    assert outputs[0][0] == outputs[1][0] == f"{len(train_of(prepare(config)))}\n"
 
 
 def test_kill_9_during_a_build_leaves_no_half_entry(config, tmp_path):
@@ -411,11 +423,10 @@ def test_kill_9_during_a_build_leaves_no_half_entry(config, tmp_path):
     unfinished = [path.suffix for path in cache_folders(config)]
     builder.send_signal(signal.SIGKILL)
     builder.communicate(timeout=30)
-    assert unfinished == [".building"] == [path.suffix for path in cache_folders(config)]
+    assert sorted(unfinished) == ["", ".building"] == sorted(path.suffix for path in cache_folders(config))
     corpus = prepare(config)
-    (entry,) = cache_folders(config)
-    assert entry.suffix == ""
-    assert sorted(documents_of(corpus, corpus.train_tokens) + documents_of(corpus, corpus.validation_tokens)) == sorted(
+    assert [entry.suffix for entry in cache_folders(config)] == [""] * ENTRIES
+    assert sorted(documents_of(corpus, train_of(corpus)) + documents_of(corpus, held_of(corpus))) == sorted(
         DOCUMENTS.values()
     )
 
@@ -436,17 +447,10 @@ except UserError as error:
 
 
 def test_a_disk_that_fills_up_during_a_build_leaves_the_old_entries(config):
-    expected = prepare(config).train_tokens.tolist()
-    larger = changed(config, validation_fraction=0.1)
+    expected = train_of(prepare(config)).tolist()
+    larger = changed(config, validation="document(0.1)")
     command = [sys.executable, "-c", LIMITED, json.dumps(dataclasses.asdict(larger))]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert "Cannot write the token cache" in result.stdout and "File too large" in result.stdout
-    assert len(cache_folders(config)) == 1
-    assert prepare(config).train_tokens.tolist() == expected
-
-
-def test_tokenizer_lies_beside_the_tokens(config):
-    corpus = prepare(changed(config, tokenizer="bpe"))
-    (entry,) = cache_folders(config)
-    assert load_tokenizer(entry).hash == corpus.tokenizer.hash
-    assert json.loads((entry / "meta.json").read_text())["tokenizer_hash"] == corpus.tokenizer.hash
+    assert len(cache_folders(config)) == ENTRIES
+    assert train_of(prepare(config)).tolist() == expected

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from foundry_jax.data import SOURCES
-from foundry_jax.data.sources import bin, pystdlib, text
-from foundry_jax.data.sources.text import Document, TextFiles
+from foundry_jax.data.document import Document
+from foundry_jax.data.sources import SOURCES, bin, pystdlib, text
+from foundry_jax.data.sources.text import TextFiles
 from foundry_jax.errors import UserError
 
 

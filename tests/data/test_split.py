@@ -2,8 +2,8 @@
 
 import pytest
 
-from foundry_jax.data.sources.text import Document
-from foundry_jax.data.split import in_validation, split
+from foundry_jax.data.document import Conversation, Document
+from foundry_jax.data.split import in_validation, require_both, split
 from foundry_jax.errors import UserError
 
 DOCUMENTS = [Document(f"folder/{number}.txt", f"text {number} ") for number in range(400)]
@@ -16,22 +16,22 @@ def test_tail_cuts_the_concatenation_where_nanogpt_does(fraction, length):
     documents = [Document("1", text[:7]), Document("2", ""), Document("3", text[7:8]), Document("4", text[8:])]
     if int(length * (1 - fraction)) == 0:
         return
-    train, validation = split(documents, "tail", fraction)
+    train, validation = split(documents, f"tail({fraction})")
     cut = int(length * (1 - fraction))
-    assert "".join(train) == text[:cut]
-    assert "".join(validation) == text[cut:]
+    assert "".join(one.text for one in train) == text[:cut]
+    assert "".join(one.text for one in validation) == text[cut:]
 
 
 def test_document_puts_whole_documents_on_one_side_each():
-    train, validation = split(DOCUMENTS, "document", 0.1)
-    assert sorted([*train, *validation]) == sorted(document.text for document in DOCUMENTS)
+    train, validation = split(DOCUMENTS, "document(0.1)")
+    assert sorted([*train, *validation]) == sorted(DOCUMENTS)
     assert 20 < len(list(validation)) < 60  # 40 expected, standard deviation 6
 
 
 def test_a_document_keeps_its_side_when_others_come_and_go():
-    _, validation = split(DOCUMENTS, "document", 0.1)
-    _, of_half = split(DOCUMENTS[::2], "document", 0.1)
-    assert set(of_half) == set(validation) & {document.text for document in DOCUMENTS[::2]}
+    _, validation = split(DOCUMENTS, "document(0.1)")
+    _, of_half = split(DOCUMENTS[::2], "document(0.1)")
+    assert set(of_half) == set(validation) & set(DOCUMENTS[::2])
 
 
 def test_more_validation_only_adds_documents():
@@ -46,20 +46,27 @@ def test_the_side_of_a_document_is_pinned():
 
 
 def test_texts_can_be_read_twice_and_skip_empty_ones():
-    train, _ = split([*DOCUMENTS, Document("empty", "")], "document", 0.1)
+    train, _ = split([*DOCUMENTS, Document("empty", "")], "document(0.1)")
     first = list(train)
-    assert first == list(train) and "" not in first
+    assert first == list(train) and all(one.text for one in first)
 
 
 @pytest.mark.parametrize(
-    ("documents", "how", "message"),
+    ("documents", "validation", "message"),
     [
-        ([Document("a", "x")], "document", r"split=document .*=0.1 leaves no validation text; try data.split=tail"),
-        ([Document("a", "x")], "tail", r"split=tail .*=0.1 leaves no training text; try more text"),
+        ([Document("a", "x")], "document(0.1)", r"document\(0.1\) leaves no validation text; try data.validation=tail"),
+        ([Document("a", "x")], "tail(0.1)", r"tail\(0.1\) leaves no training text; try more text"),
         ([], "tail", "holds no text"),
         ([Document("a", "")], "document", "holds no text"),
     ],
 )
-def test_an_empty_side_is_explained(documents, how, message):
+def test_an_empty_side_is_explained(documents, validation, message):
     with pytest.raises(UserError, match=message):
-        split(documents, how, 0.1)
+        require_both(tuple(map(bool, split(documents, validation))), validation)
+
+
+def test_of_conversations_the_tail_is_whole_ones():
+    said = [Conversation([{"role": "assistant", "content": str(number)}]) for number in range(10)]
+    documents = [Document(one.id, one.messages[0]["content"], one) for one in said]
+    train, validation = split(documents, "tail(0.2)")
+    assert [one.text for one in validation] == ["8", "9"] and len(list(train)) == 8

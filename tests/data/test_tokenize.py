@@ -1,17 +1,28 @@
 """Tokenizers: exact round trips, control tokens, hashes, files."""
 
+import itertools
 import json
 import random
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from foundry_jax.data import TOKENIZERS, load_tokenizer
-from foundry_jax.data.tokenize import SEPARATOR, BPETokenizer, ByteTokenizer, CharTokenizer, batched, pieces
+from foundry_jax.data import tokenize
+from foundry_jax.data.tokenize import (
+    SEPARATOR,
+    TOKENIZERS,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    batched,
+    load_tokenizer,
+    pieces,
+)
 from foundry_jax.errors import UserError
 
 TEXTS = ["the cat sat on the mat\n", "def add(a, b):\n    return a + b\n", "über die Brücke, naïve café"]
@@ -56,6 +67,30 @@ def test_bpe_learns_words_and_uses_them(bpe):
     assert len(bpe.encode("qzx")) == 3
 
 
+def every_character() -> str:
+    """Returns every code point that is a character, or may become one, in order."""
+    return "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("around", [" {}", "a{} b", "1{}'s"])
+def test_every_character_survives_in_every_neighbourhood(bpe, around):
+    texts = ["".join(map(around.format, part)) for part in batched(every_character(), 4096)]
+    for text, ids in zip(texts, bpe.encode_batch(texts), strict=True):
+        assert bpe.decode(ids) == text
+
+
+@pytest.mark.exhaustive
+def test_no_character_makes_a_cut_change_the_ids(bpe):
+    characters = every_character()[:0x3100] + every_character()[0x3100::31]  # white space is all in the first part
+    texts = ["".join(f"a{c} b{c}\n{c} \n" for c in part) for part in batched(characters, 4096)]
+    parts = [list(pieces(text, 7)) for text in texts]
+    encode = partial(bpe._fitted.encode_batch_fast, add_special_tokens=False)
+    whole = [index for encoding in encode(texts) for index in encoding.ids]
+    assert [index for encoding in encode(list(itertools.chain(*parts))) for index in encoding.ids] == whole
+    assert sum(map(len, parts)) > 10 * len(texts)
+
+
 @pytest.mark.parametrize("name", ["byte", "bpe"])
 def test_text_that_spells_the_separator_is_not_encoded_as_one(name, bpe, tmp_path):
     tokenizer = bpe if name == "bpe" else ByteTokenizer()
@@ -73,6 +108,71 @@ def test_text_cannot_spell_a_separator_that_its_file_left_unmarked(bpe):
     tokenizer = BPETokenizer.from_json(value)
     assert tokenizer.separator_id == bpe.separator_id
     assert tokenizer.separator_id not in tokenizer.encode(SEPARATOR)
+
+
+CONTROL = ("<|im_start|>", "<|im_end|>", SEPARATOR)
+
+
+def test_special_tokens_follow_the_fitted_vocabulary(tmp_path):
+    plain, special = BPETokenizer(300).fit(TEXTS * 4), BPETokenizer(300, CONTROL).fit(TEXTS * 4)
+    assert (plain.vocab_size, special.vocab_size) == (300, 302)
+    assert special.control_ids == {SEPARATOR: 0, "<|im_start|>": 300, "<|im_end|>": 301}
+    assert special.separator_id == 0
+    assert [special.encode(text) for text in AWKWARD] == [plain.encode(text) for text in AWKWARD]
+    assert special.token_bytes.tolist() == [*plain.token_bytes.tolist(), 0, 0]
+    special.save(tmp_path / "tokenizer.json")
+    for each in (special, load_tokenizer(tmp_path), BPETokenizer.for_corpus(TEXTS * 4, [], 300, CONTROL)):
+        assert each.hash == special.hash
+        ids = each.encode("a<|im_start|>b <|im_end|>")
+        assert (
+            not {300, 301} & set(ids)
+            and each.decode([300, *ids, 301]) == "<|im_start|>a<|im_start|>b <|im_end|><|im_end|>"
+        )
+
+
+def test_special_tokens_follow_what_was_reached_where_the_text_runs_out():
+    tokenizer = BPETokenizer(400, ["<a>"]).fit(["abab"])
+    assert tokenizer.control_ids["<a>"] == tokenizer.vocab_size - 1 < 300
+
+
+def test_special_tokens_are_part_of_what_decides_the_outcome():
+    specs = [BPETokenizer.spec(300), BPETokenizer.spec(300, ["<a>"]), BPETokenizer.spec(300, ["<b>"])]
+    assert len(set(specs)) == 3 and specs[0] == BPETokenizer.spec(300, [])
+
+
+@pytest.mark.parametrize("special", [["<a>", "<a>"], [""]])
+def test_special_tokens_that_are_none_are_refused(special):
+    with pytest.raises(UserError, match="must be different texts, and none empty"):
+        BPETokenizer(300, special)
+
+
+def test_a_special_token_that_text_has_already_is_refused():
+    with pytest.raises(UserError, match="special_tokens: 'a' is a token of text already; choose another"):
+        BPETokenizer(300, ["<a>", "a"]).fit(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["char", "byte"])
+def test_other_tokenizers_have_no_control_tokens(name):
+    with pytest.raises(UserError, match=f"data.tokenizer={name} has no control tokens, such as '<a>'; use data.tokeni"):
+        TOKENIZERS[name].for_corpus(TEXTS, [], 300, ["<a>"])
+
+
+def test_few_tokens_are_in_memory_at_once(bpe, monkeypatch):
+    sizes = []
+    encode = tokenizers.Tokenizer.encode_batch_fast
+
+    class Watched:
+        def encode_batch_fast(self, texts, add_special_tokens):
+            sizes.append(sum(len(text.encode()) for text in texts))
+            return encode(bpe._fitted, texts, add_special_tokens=add_special_tokens)
+
+    watched = BPETokenizer.from_json(bpe.to_json())
+    watched._backend = Watched()
+    monkeypatch.setattr(tokenize, "GROUP_BYTES", 1000)
+    monkeypatch.setattr(tokenize, "pieces", lambda text: pieces(text, 20))
+    texts = ["é the cat " * 300, "", "the mat"]
+    assert [ids.tolist() for ids in watched.encode_batch(texts)] == [bpe.encode(text) for text in texts]
+    assert len(sizes) > 3 and max(sizes) < 1100
 
 
 def test_char_ids_follow_code_points_as_in_nanogpt():
@@ -127,7 +227,7 @@ def test_long_texts_are_cut_without_changing_their_ids(bpe, monkeypatch):
     words = ["the", "cat", "don't", "1234", "++", "é", "\x1c", "\x85", "\u3000", " ", "  ", "\n", "\n\n", "\t", " \n "]
     text = "".join(rng.choice(words) for _ in range(3000))
     whole = bpe.encode(text)
-    monkeypatch.setattr("foundry_jax.data.tokenize.PIECE_CHARACTERS", 16)
+    monkeypatch.setattr("foundry_jax.data.tokenize.GROUP_BYTES", 64)
     cut = list(pieces(text, 7))
     assert len(cut) > 300 and "".join(cut) == text
     monkeypatch.setattr("foundry_jax.data.tokenize.pieces", lambda text: iter(cut))
@@ -214,6 +314,7 @@ def test_any_hugging_face_file_loads_without_its_truncation_or_padding(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("the cat the dog") == [0, 1, 0, 2]
     assert tokenizer.separator_id == 7
+    assert tokenizer.unknown_id == 2
     assert tokenizer.vocab_size == 8  # one more than the largest id: ids may have gaps
     assert tokenizer.token_bytes is None
 

@@ -1,14 +1,20 @@
-"""Where documents come from: data.source -> find(data.path) -> TextFiles, ChatFiles or TokenFiles.
+"""Where documents come from: a name in data.source -> find(data.path, **options) -> a Source, or TokenFiles.
 
-A source of text has a `name`, a `fingerprint()` of its whole content, a list of `undecodable()` ids, and iterates
-over its Documents (id, text) in an order that never changes. To add one, write such a `find` and give it a line.
+A source has a `name`, a `fingerprint()` of its whole content, a list of `undecodable()` ids, and iterates over its
+Documents in an order that never changes, holding few of them in memory. Its options are the keyword arguments of its
+`find`. To add one, write such a `find` and give it a line.
 """
 
-from foundry_jax.data.sources import bin, chat, pystdlib, text
+from foundry_jax.data.sources import bin, chat, constitution, huggingface, jsonl, parquet, pystdlib, text, tfds
 
 SOURCES = {
     "pystdlib": pystdlib.find,
     "text": text.find,
+    "jsonl": jsonl.find,
+    "parquet": parquet.find,
     "chat": chat.find,
+    "constitution": constitution.find,
+    "tfds": tfds.find,
+    "huggingface": huggingface.find,
     "bin": bin.find,
 }

@@ -5,7 +5,7 @@ guessed from sizes. A JSON sidecar beside them, meta.json or train.json, may say
 
     {"dtype": "uint32", "vocab_size": 100277, "tokenizer_hash": "9f2c... (sha256)"}
 
-A tokenizer.json in the folder is used unless data.tokenizer_path names another. Folders of the token cache have this
+A tokenizer.json in the folder is used unless data.tokenizer names another. Folders of the token cache have this
 layout too. nanoGPT's meta.pkl is never read: unpickling a file runs whatever code it holds.
 """
 

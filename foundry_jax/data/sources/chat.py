@@ -1,23 +1,21 @@
-"""Conversations in JSONL files, one a line, as OpenAI or ShareGPT writes them. A document is a conversation.
+"""Conversations in JSONL files, one or more a line. A document is a conversation. A line is one of these:
 
-    {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]}
-    {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi!"}]}
+    {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]}          OpenAI
+    {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi!"}]}              ShareGPT
+    {"instruction": "Name the capital.", "input": "France", "output": "Paris"}                             Alpaca
+    {"instruction": "Name the capital.", "instances": [{"input": "France", "output": "Paris"}, ...]}       self-instruct
 
-Each is spelled by the chat template of the tokenizer, which must bring one. A line may also have "tools", which the
-template is given. The loss is on all tokens, those of the user and of the template too.
+The first two may also have "tools", which the template is given. How a conversation becomes tokens is data.format's
+business; that of Alpaca needs to know what the input was, so it stays a field of its own of the user's message.
 """
 
 import dataclasses
-import datetime
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from foundry_jax.data.chat import Chat
-from foundry_jax.data.sources import text
-from foundry_jax.data.sources.text import Document, TextFiles
+from foundry_jax.data.document import Conversation, Document
+from foundry_jax.data.sources import files, jsonl
+from foundry_jax.data.sources.rows import Row
 from foundry_jax.errors import UserError
 from foundry_jax.registry import unknown
 from foundry_jax.schema import require
@@ -34,70 +32,25 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-SHAPE = '{"messages": [{"role": ..., "content": ...}]} or {"conversations": [{"from": ..., "value": ...}]}'
-# What a template takes for today: tokens must not depend on the day they were made. It is the date that Llama 3.1's
-# template writes when it is given none.
-TODAY = datetime.datetime(2024, 7, 26)
-
-
-class Conversation(NamedTuple):
-    """The messages of one line and the tools it offers."""
-
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None
-
-    @property
-    def id(self) -> str:
-        """A hash of the content, so that copies of a conversation never stand on both sides of the split."""
-        return hashlib.sha256(json.dumps(self, sort_keys=True).encode()).hexdigest()
+SHAPE = (
+    '{"messages": [{"role": ..., "content": ...}]}, {"conversations": [{"from": ..., "value": ...}]}, '
+    '{"instruction": ..., "input": ..., "output": ...} or {"instruction": ..., "instances": [{"input": ..., '
+    '"output": ...}]}'
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatFiles:
+class ChatFiles(files.Files):
     """The conversations of some files."""
 
-    files: TextFiles
-
-    def __iter__(self) -> Iterator[tuple[str, Conversation]]:
-        """Yields (where it stands, conversation)."""
-        for _, path in sorted(self.files.paths.items()):
-            yield from _read(path)
-
-    def spelled_by(self, chat: Chat) -> "SpelledChats":
-        """Returns the conversations as documents of marked text."""
-        return SpelledChats(self, chat)
-
-
-@dataclasses.dataclass(frozen=True)
-class SpelledChats:
-    """The documents of some conversations: marked text (see chat.py), which `chat` encodes."""
-
-    source: ChatFiles
-    chat: Chat
-
-    @property
-    def name(self) -> str:
-        return self.source.files.name
-
-    @property
-    def paths(self) -> Mapping[str, Path]:
-        return self.source.files.paths
-
-    def fingerprint(self) -> list[str]:
-        """Returns hashes of the files and of the template."""
-        return [self.source.files.fingerprint(), self.chat.fingerprint]
-
-    def undecodable(self) -> list[str]:
-        """Returns nothing: a line that is not UTF-8 is an error."""
-        return []
+    def fingerprint(self) -> list:
+        """Returns a hash of the files."""
+        return ["chat", super().fingerprint()]
 
     def __iter__(self) -> Iterator[Document]:
-        for where, conversation in self.source:
-            try:
-                marked = self.chat.marked(conversation.messages, tools=conversation.tools, now=TODAY)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-            yield Document(conversation.id, marked)
+        for _, path in sorted(self.paths.items()):
+            for row in jsonl.rows(path, SHAPE):
+                yield from map(document, conversations(row))
 
 
 def find(path: str) -> ChatFiles:
@@ -106,58 +59,73 @@ def find(path: str) -> ChatFiles:
     Raises:
         UserError: nothing is there.
     """
-    require(bool(path), "data.path is empty; data.source=chat needs a JSONL file, a folder of them or a glob.")
-    files = text.find(path)
-    if Path(path).expanduser().is_dir():
-        kept = {name: file for name, file in files.paths.items() if name.endswith(".jsonl")}
-        require(bool(kept), f"No .jsonl files at data.path={path!r}.")
-        files = dataclasses.replace(files, paths=kept)
-    return ChatFiles(files)
+    found = files.at(path, "chat", suffixes=jsonl.SUFFIXES)
+    return ChatFiles(found.name, found.paths)
 
 
-def _read(path: Path) -> Iterator[tuple[str, Conversation]]:
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, parse(line, where)
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
+def document(conversation: Conversation) -> Document:
+    """Returns the document of a conversation, whose text is all that is said in it."""
+    said = [message.get(key) for message in conversation.messages for key in ("content", "input")]
+    return Document(conversation.id, "\n\n".join(filter(None, said)), conversation)
 
 
-def parse(line: bytes, where: str) -> Conversation:
-    """Returns the conversation of a line.
+def conversations(row: Row) -> list[Conversation]:
+    """Returns the conversations of a line.
+
+    Raises:
+        UserError: there is none, or one that does not end with the assistant.
+    """
+    fields, where = row.fields, row.where
+    key = next((key for key in READERS if key in fields), None)
+    require(key is not None, f"{where}: neither {' nor '.join(READERS)}; a line is {SHAPE}.")
+    tools = fields.get("tools")
+    require(tools is None or isinstance(tools, list), f"{where}: tools must be a list.")
+    found = [Conversation(talk, tools) for talk in READERS[key](fields, where)]
+    for conversation in found:
+        last = conversation.messages[-1]["role"]
+        require(
+            last == "assistant",
+            f"{where}: the conversation ends with {last!r}, but the assistant's answer is what is learned; add it.",
+        )
+    return found
+
+
+def messages(value: Any, where: str) -> list[dict[str, Any]]:
+    """Returns a list of OpenAI's messages, each content as one text; whatever else they have is the template's.
 
     Raises:
         UserError: it is none.
     """
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8: byte 0x{line[error.start]:02x} at offset {error.start}.") from None
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); a line is {SHAPE}.") from None
-    require(isinstance(row, dict), f"{where}: {type(row).__name__} instead of an object; a line is {SHAPE}.")
-    key = next((key for key in ("messages", "conversations") if key in row), None)
-    require(key is not None, f"{where}: neither messages nor conversations; a line is {SHAPE}.")
-    rows, read = row[key], _openai if key == "messages" else _sharegpt
-    require(isinstance(rows, list) and len(rows) > 0, f"{where}: {key} must be a list of one message or more.")
-    tools = row.get("tools")
-    require(tools is None or isinstance(tools, list), f"{where}: tools must be a list.")
-    messages = [read(message, f"{where}: {key}[{i}]") for i, message in enumerate(rows)]
-    require(_is_unicode([messages, tools]), f"{where}: holds one half of a surrogate pair, which is no character.")
-    return Conversation(messages, tools)
+    return [_openai(message, f"{where}[{i}]") for i, message in enumerate(_list(value, where))]
+
+
+def instruction(fields: Mapping[str, Any], instance: Any, where: str) -> list[dict[str, Any]]:
+    """Returns what is said for an instruction: the user's message, with its input if there is one, and the answer."""
+    require(isinstance(instance, Mapping), f"{where} must be an object with input and output.")
+    asked, about, answer = fields.get("instruction"), instance.get("input"), instance.get("output")
+    require(isinstance(asked, str) and bool(asked.strip()), f"{where}: instruction must be text, and not empty.")
+    require(about is None or isinstance(about, str), f"{where}: input must be text.")
+    require(isinstance(answer, str), f"{where}: output must be text.")
+    user = {"role": "user", "content": asked} | ({"input": about} if about else {})
+    return [user, {"role": "assistant", "content": answer}]
+
+
+def _instances(fields: Mapping[str, Any], where: str) -> list[list[dict[str, Any]]]:
+    where = f"{where}: instances"
+    return [instruction(fields, one, f"{where}[{i}]") for i, one in enumerate(_list(fields["instances"], where))]
+
+
+def _list(value: Any, where: str) -> Sequence[Any]:
+    require(isinstance(value, list) and len(value) > 0, f"{where} must be a list of one or more.")
+    return value
 
 
 def _openai(message: Any, where: str) -> dict[str, Any]:
-    """Returns a message with its content as one text; whatever else it has is the template's."""
     require(isinstance(message, dict), f"{where} must be an object with role and content.")
-    role = message.get("role")
+    role, content = message.get("role"), message.get("content")
     require(isinstance(role, str), f"{where} has no role.")
     if role not in ROLES:
         raise UserError(f"{where}: {unknown(role, ROLES, 'role')}")
-    content = message.get("content")
     if content is None and message.get("tool_calls"):
         return message
     if isinstance(content, list):
@@ -179,9 +147,15 @@ def _sharegpt(message: Any, where: str) -> dict[str, Any]:
     return {"role": SHAREGPT_ROLES[speaker], "content": value}
 
 
-def _is_unicode(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _turns(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    where = f"{where}: conversations"
+    return [_sharegpt(turn, f"{where}[{i}]") for i, turn in enumerate(_list(fields["conversations"], where))]
+
+
+# What a line's conversations are made from, by the field that gives its shape away: the first that it has.
+READERS = {
+    "messages": lambda fields, where: [messages(fields["messages"], f"{where}: messages")],
+    "conversations": lambda fields, where: [_turns(fields, where)],
+    "instances": _instances,
+    "instruction": lambda fields, where: [instruction(fields, fields, where)],
+}

@@ -23,7 +23,7 @@ def find(path: str) -> TextFiles:
         UserError: a path is given, or this interpreter ships without sources.
     """
     if path:
-        raise UserError(f"data.path={path!r} has no meaning for data.source=pystdlib; set data.path='' or source=text.")
+        raise UserError(f"data.path={path!r} has no meaning for data.source=pystdlib; use text, or pystdlib(path='').")
     root = Path(sysconfig.get_path("stdlib"))
     paths = source_files(root)
     if not paths:
