@@ -576,11 +576,11 @@ class Trainer:
         for prefix, params in (("", state.params), ("ema_", state.ema_params)):
             nats, targets = self.measure_validation(params, state, step)
             metrics = validation_metrics(math.fsum(nats), math.fsum(targets), self.corpus)
-            if self.program.learns_from_pairs:
-                metrics |= self.measure_pairs(params, state, step)
             row |= {prefix + name: x for name, x in metrics.items()}
             if not prefix and step == self.config.num_steps:
                 self.folder.write_validation_blocks(nats, targets, self.corpus.validation_bytes)
+        if self.program.learns_from_pairs:
+            row |= self.measure_pairs(state, step)
         self.writer.write(step, "eval", row)
         self.evals[step] = row
         bits = f", {row['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in row else ""
@@ -612,14 +612,14 @@ class Trainer:
                 self.stop_if_asked(state, step)
         return nats, targets
 
-    def measure_pairs(self, params: dict, state: TrainState, step: int) -> dict[str, float]:
-        """Returns what the metrics say of the pairs that are held out.
+    def measure_pairs(self, state: TrainState, step: int) -> dict[str, float]:
+        """Returns what the metrics say of the pairs that are held out, with the raw parameters.
 
         Raises:
             Preempted: as in evaluate_if_due.
         """
         pairs = self.batches.held_out
-        now = self.token_log_probs(pairs, params, functools.partial(self.stop_if_asked, state, step))
+        now = self.token_log_probs(pairs, state.params, functools.partial(self.stop_if_asked, state, step))
         return rewards.figures(pairs, now, self.reference, self.config.loss.name, self.hyper.loss)
 
     def ask_tasks_if_due(self, state: TrainState, step: int) -> None:

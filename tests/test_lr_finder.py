@@ -106,7 +106,7 @@ def test_mistakes_are_one_line(finder):
 
 def test_pairs_of_completions_get_their_reference(tmp_path):
     pairs = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": "a", "chosen": "bb" * (1 + i % 3), "rejected": "cd" * (1 + i % 2)} for i in range(8)]
+    rows = [{"prompt": f"a{i}", "chosen": "bb" * (1 + i % 3), "rejected": "cd" * (1 + i % 2)} for i in range(30)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = load(f"{SMOKE}:dpo", [*SMALL, f"data.preferences={pairs}", "data.batch_size=4", "model.num_layers=1"])
     losses, _ = lr_finder.Finder(settings, 20).run(np.full(20, 1e-3))

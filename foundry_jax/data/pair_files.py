@@ -28,7 +28,7 @@ from foundry_jax.data.document import Conversation, Document
 from foundry_jax.data.preferences import Pairs, Preferences
 from foundry_jax.data.sources import chat, constitution, jsonl
 from foundry_jax.data.sources.rows import Row
-from foundry_jax.data.split import in_validation
+from foundry_jax.data.split import in_validation, place_of
 from foundry_jax.data.tokenize import Tokenizer
 from foundry_jax.errors import UserError
 from foundry_jax.registry import lookup
@@ -107,7 +107,6 @@ def read(
     files, encoder = parse(preferences), _Encoder(tokenizer, format, context_length)
     sides = [_divided(file, encoder, fraction) for file in files]
     held_out = [pair for _, held in sides for pair in held]
-    _require_held_out(held_out, preferences, fraction)
     prompts = {pair.prompt for pair in held_out}  # a file that holds nothing out may have one of them too
     train = [[pair for pair in pairs if pair.prompt not in prompts] for pairs, _ in sides]
     for file, pairs in zip(files, train, strict=True):
@@ -131,20 +130,17 @@ def _pairs(encoded: Sequence[_Encoded], context_length: int) -> Pairs:
 
 
 def _divided(file: PairFile, encoder: "_Encoder", fraction: float) -> tuple[list[_Encoded], list[_Encoded]]:
-    """Returns the pairs of a file that are (trained on, held out)."""
+    """Returns the pairs of a file that are (trained on, held out); at least one prompt is held out."""
+    pairs = list(encoder.encode(file))
+    require(bool(pairs), f"{file.path} has no pairs; a line is one: {SHAPE}.")
+    if not file.held_out:
+        return pairs, []
+    first = min(place_of(pair.prompt) for pair in pairs)
     train, held_out = [], []
-    for pair in encoder.encode(file):
-        (held_out if file.held_out and in_validation(pair.prompt, fraction) else train).append(pair)
-    require(bool(train or held_out), f"{file.path} has no pairs; a line is one: {SHAPE}.")
+    for pair in pairs:
+        is_held = in_validation(pair.prompt, fraction) or place_of(pair.prompt) == first
+        (held_out if is_held else train).append(pair)
     return train, held_out
-
-
-def _require_held_out(held_out: Sequence[_Encoded], preferences: str, fraction: float) -> None:
-    require(
-        bool(held_out),
-        f"data.preferences={preferences!r} holds no pair out to measure what is learned: data.validation's "
-        f"fraction={fraction:g} of the prompts, by a hash, is none of them. Give more pairs, or a larger fraction.",
-    )
 
 
 class _Encoder:

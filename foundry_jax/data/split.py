@@ -96,8 +96,12 @@ def require_both(sides: tuple[bool, bool], validation: str) -> None:
 
 def in_validation(document_id: str, fraction: float) -> bool:
     """Returns whether a document is for validation: a hash of its id, so that others coming or going move nothing."""
-    digest = hashlib.sha256(document_id.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return place_of(document_id) < fraction * 2**64
+
+
+def place_of(document_id: str) -> int:
+    """Returns a number below 2**64, evenly distributed over ids; those with the smallest are held out."""
+    return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big")
 
 
 def _span(documents: Iterable[Document], start: int, stop: int) -> Iterator[Document]:

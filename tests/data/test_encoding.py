@@ -77,13 +77,9 @@ def test_a_mistake_in_a_document_is_told_by_the_process_that_finds_it(several):
 
 
 def test_a_process_that_is_killed_is_no_mistake_of_the_user(several):
-    killed = False
-    with pytest.raises(
-        MachineError, match=r"A process that encodes text ended with code -9; is there too little memory"
-    ):
-        with encoding._Workers(recipe_of(ByteTokenizer(), None), 2) as workers:
-            for process in workers.processes:
-                os.kill(process.pid, signal.SIGKILL)
-                killed = True
+    with encoding._Workers(recipe_of(ByteTokenizer(), None), 2) as workers:
+        for process in workers.processes:
+            os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(MachineError, match=r"A process that encodes text ended with code -9; is there too little"):
             list(workers.encode([DOCUMENTS] * 9))
-    assert killed and all(process.poll() is not None for process in workers.processes)
+    assert [process.returncode for process in workers.processes] == [-9, -9]

@@ -4,13 +4,12 @@ FILTERS is open to additions: a frozen dataclass whose fields are its options (s
 names for several filters, and can be written wherever a filter can.
 """
 
-from foundry_jax.data.filters.base import Filter
 from foundry_jax.data.filters.duplicates import Exact, Near
 from foundry_jax.data.filters.knowing import Decontaminate, Language, Perplexity
 from foundry_jax.data.filters.repetition import Repetition
 from foundry_jax.data.filters.surface import Characters, Length, Urls
 
-FILTERS: dict[str, type[Filter]] = {
+FILTERS = {
     filter.name: filter
     for filter in (Length, Exact, Near, Repetition, Characters, Urls, Language, Perplexity, Decontaminate)
 }
