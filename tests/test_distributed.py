@@ -28,10 +28,14 @@ command.run(lambda: train.run(config.load("configs/smoke.py", overrides), folder
 """
 
 
+PACKED = ("data.packing=first_fit", "data.curriculum=length(start=0.5)")
+
+
 def start(rank, count, devices, port, folder, strategy):
     data = folder.parent
     tasks = f"constitution(every=6, data='{data}/pairs.jsonl'), gsm8k(shots=0, data='{data}/sums.jsonl')"
     overrides = [*SMALL_TEXT, f"sharding.strategy={strategy}", f"eval.tasks={tasks}", *SIZES]
+    overrides += PACKED if strategy == "fsdp" else ()
     arguments = [sys.executable, "-c", SCRIPT, *map(str, (rank, count, devices, port, folder, *overrides))]
     return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -120,10 +120,13 @@ def checkout(tmp_path):
     for name in ("tinyshakespeare.txt", "book.txt"):
         (tmp_path / name).write_text(text, "utf-8")
     pair = {"prompt": "Is it so?", "chosen": " It is.", "rejected": " No idea."}
-    (tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 20, "utf-8")
-    said = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "It is."}]
-    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": said}) + "\n") * 40, "utf-8")
-    tasks = [{"instruction": f"Add {i} and {i}.", "input": "", "output": f"{2 * i}"} for i in range(30)]
+    pairs = [pair | {"prompt": f"Is it {number}?"} for number in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in pairs), "utf-8")
+    chats = [
+        [{"role": "user", "content": f"Is it {i}?"}, {"role": "assistant", "content": "It is."}] for i in range(400)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(f"{json.dumps({'messages': one})}\n" for one in chats), "utf-8")
+    tasks = [{"instruction": f"Add {i} and {i}.", "input": "", "output": f"{2 * i}"} for i in range(400)]
     (tmp_path / "seed_tasks.jsonl").write_text("".join(f"{json.dumps(task)}\n" for task in tasks), "utf-8")
     write_items(tmp_path / "data", pair)
     (tmp_path / "texts" / "more").mkdir(parents=True)

@@ -171,7 +171,7 @@ def smoke(*overrides: str) -> config.Config:
 
 
 def train_poisoned(monkeypatch, workdir: pathlib.Path, batches: range, *overrides: str) -> dict:
-    monkeypatch.setattr(data, "train_batches", poison(batches))
+    monkeypatch.setattr(data, "training", poison(batches))
     return train.run(smoke(*overrides), workdir, quiet=True)
 
 
