@@ -120,7 +120,7 @@ def checkout(tmp_path):
     for name in ("tinyshakespeare.txt", "book.txt"):
         (tmp_path / name).write_text(text, "utf-8")
     pair = {"prompt": "Is it so?", "chosen": " It is.", "rejected": " No idea."}
-    pairs = [pair | {"prompt": f"Is it {number}?"} for number in range(20)]
+    pairs = [pair | {"prompt": f"Is it {number}?"} for number in range(300)]
     (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in pairs), "utf-8")
     chats = [
         [{"role": "user", "content": f"Is it {i}?"}, {"role": "assistant", "content": "It is."}] for i in range(400)
