@@ -18,7 +18,6 @@ from foundry_jax.train_step import (
     eval_step,
     init_base,
     init_state,
-    reference_step,
     state_of,
     train_step,
     unbox,
@@ -153,18 +152,6 @@ def compile_eval_step(program: Program, plan: Plan, batch_shape: tuple[int, ...]
     inputs = abstract_inputs(program, plan, batch_shape)
     step = jax.jit(functools.partial(eval_step, program), out_shardings=_everywhere(plan))
     return step.lower(inputs.state.params, inputs.batch, inputs.hyper, inputs.base).compile(_options())
-
-
-@functools.lru_cache(maxsize=8)
-def compile_reference_step(program: Program, plan: Plan, batch_shape: tuple[int, ...]):
-    """Returns the compiled (parameters, batch of pairs, hyperparameters, base) -> log-probabilities [P, 2].
-
-    They are whole on every device.
-    """
-    inputs = abstract_inputs(program, plan, batch_shape)
-    batch = {name: x for name, x in inputs.batch.items() if name != "reference"}  # this is what makes it
-    step = jax.jit(functools.partial(reference_step, program), out_shardings=_everywhere(plan))
-    return step.lower(inputs.state.params, batch, inputs.hyper, inputs.base).compile(_options())
 
 
 @functools.lru_cache(maxsize=8)

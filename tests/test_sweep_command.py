@@ -87,6 +87,36 @@ def test_a_sweep_can_be_decided_by_a_task(checkout):
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
+def test_mutations_of_the_data_are_judged_on_the_same_text(checkout):
+    words = ["cli.sweep", "packing=first_fit", "curriculum=length", "data_filter=exact", *SHORT, "--json"]
+    done = run(words, checkout)
+    assert done.returncode == 0, done.stderr
+    contestants = json.loads(done.stdout)["contestants"]
+    for name in ("first_fit", "curriculum=length", "data_filter=exact"):
+        contestant = contestants[name]
+        assert all(check["passed"] for check in contestant["gate"]), name
+        assert [run["status"] for run in contestant["runs"]] == ["done", "done"], name
+        assert contestant["verdict"]["over_units"]["n"] > 10, name
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_formats_of_conversations_are_judged_on_the_same_answers(checkout):
+    said = [{"instruction": f"Double {i}.", "input": "", "output": f"It is {2 * i}."} for i in range(200)]
+    (checkout / "chats.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in said), "utf-8")
+    data = ["--config.data.source=chat", "--config.data.path=chats.jsonl", "--config.data.tokenizer=bpe"]
+    data += ["--config.data.vocab_size=300", "--config.data.validation=document(0.3)", "--config.data.packing=first_fit"]
+    words = ["cli.sweep", "conversation_format", "llama3", "alpaca", "--json"]
+    done = run([*words, *SHORT, "--config.data.format=chatml", *data, "--config.model.context_length=128"], checkout)
+    assert done.returncode == 0, done.stderr
+    contestants = json.loads(done.stdout)["contestants"]
+    for name in ("llama3", "alpaca"):
+        assert [run["status"] for run in contestants[name]["runs"]] == ["done", "done"], contestants[name]
+        assert contestants[name]["verdict"]["estimate"] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_that_is_killed_goes_on_and_leaves_no_process(checkout):
     words = ["cli.sweep", "norm", "layernorm", *SHORT, "--config.num_steps=60", "--json"]
     calm = run([*words, "--workdir=calm"], checkout)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from foundry_jax import compilation, data, sharding, train
+from foundry_jax import compilation, data, rewards, sharding, train
 from foundry_jax.config import SCHEDULES, Config
 from foundry_jax.data_tools import TOOLS
 from foundry_jax.errors import UserError
@@ -159,9 +159,9 @@ class Finder:
 
     def _with_reference(self, batches: list[dict]) -> list[dict]:
         """Returns the batches of pairs with what the parameters at the start say of them."""
-        ask = compilation.compile_reference_step(self.program, self.plan, self.config.batch_shape)
+        ask = rewards.compile_answers_step(self.program, self.plan, self.config.batch_shape)
         params, where = self._start().params, self.plan.batch_sharding()
-        answers = [ask(params, jax.device_put(batch, where), self.hyper, self.base) for batch in batches]
+        answers = [ask(params, jax.device_put(batch, where), self.hyper, self.base).completions for batch in batches]
         return [batch | {"reference": np.asarray(answer)} for batch, answer in zip(batches, answers, strict=True)]
 
     def _compile(self) -> Callable:
