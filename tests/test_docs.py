@@ -112,7 +112,7 @@ def checkout(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     tiny = checkpoints.write(tmp_path / "tiny")
     for path in (tmp_path / "configs").glob("[a-z]*.py"):
-        shrink = SHRINK_PRETRAINED if path.name == "finetune.py" else SHRINK
+        shrink = SHRINK_PRETRAINED if path.name in ("finetune.py", "dpo.py") else SHRINK
         path.write_text(path.read_text("utf-8").replace(PRETRAINED, str(tiny)) + shrink, "utf-8")
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)

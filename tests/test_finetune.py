@@ -316,12 +316,18 @@ def test_a_run_on_pairs_starts_at_the_pretrained_model(finetune, tmp_path, share
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join((shared_data / "preferences" / "harmless.jsonl").read_text().splitlines(True)[:24]))
     for rank in (4, 0):
-        run = functools.partial(finetune, f"pairs{rank}", f"lora_rank={rank},dpo", f"data.preferences={pairs}")
+        run = functools.partial(
+            finetune,
+            f"pairs{rank}",
+            f"lora_rank={rank},dpo",
+            f"data.preferences={pairs}",
+            f"data.cache_dir={tmp_path / 'cache'}",
+        )
         stopped_at([5], monkeypatch, run)
         rows = read_metrics(tmp_path / f"pairs{rank}" / "metrics.jsonl", "train")
         assert (rows[0]["loss"], rows[0]["reward_margin"]) == (pytest.approx(np.log(2), abs=1e-6), 0)
-    references = [np.load(tmp_path / f"pairs{rank}" / "reference.npz")["reference"] for rank in (4, 0)]
-    np.testing.assert_allclose(*references, rtol=1e-6)
+    kept = list((tmp_path / "cache" / "references").glob("*.npz"))
+    np.testing.assert_allclose(*(np.load(path)["train"] for path in kept), rtol=1e-6)
     assert caplog.text.count("Computing the reference") == 2
 
 

@@ -105,7 +105,8 @@ def test_formats_of_conversations_are_judged_on_the_same_answers(checkout):
     said = [{"instruction": f"Double {i}.", "input": "", "output": f"It is {2 * i}."} for i in range(200)]
     (checkout / "chats.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in said), "utf-8")
     data = ["--config.data.source=chat", "--config.data.path=chats.jsonl", "--config.data.tokenizer=bpe"]
-    data += ["--config.data.vocab_size=300", "--config.data.validation=document(0.3)", "--config.data.packing=first_fit"]
+    data += ["--config.data.vocab_size=300", "--config.data.packing=first_fit"]
+    data += ["--config.data.validation=document(0.3)"]
     words = ["cli.sweep", "conversation_format", "llama3", "alpaca", "--json"]
     done = run([*words, *SHORT, "--config.data.format=chatml", *data, "--config.model.context_length=128"], checkout)
     assert done.returncode == 0, done.stderr

@@ -189,7 +189,7 @@ class _Encoder:
             prompt = prompt if len(prompt) else self.end
             require(len(prompt) > 0, f"{row.where} has no prompt, and the tokenizer no separator to stand in for one.")
             sequences = [np.concatenate([prompt, completion, self.end]) for completion in completions]
-            pairs.append(_Encoded(_plain(said), sequences, 2 * [len(prompt)]))
+            pairs.append(_Encoded(constitution.prompt_key(said), sequences, 2 * [len(prompt)]))
         return pairs
 
     def _chats(self, rows: Sequence[Row]) -> list[_Encoded]:
@@ -200,8 +200,7 @@ class _Encoder:
         for pair, sides in zip(found, encoded, strict=True):
             turns = [last_turn(side) for side in sides]
             sequences = [side.ids[: turn.stop] for side, turn in zip(sides, turns, strict=True)]
-            said = _spoken([message for message in pair.prompt if message["role"] != "system"]).text
-            pairs.append(_Encoded(_plain(said), sequences, [turn.start for turn in turns]))
+            pairs.append(_Encoded(constitution.prompt_key(pair.said), sequences, [turn.start for turn in turns]))
         return pairs
 
     def _fitted(self, pair: _Encoded, cuts: collections.Counter) -> _Encoded:
@@ -237,11 +236,6 @@ def _conversations(row: Row) -> constitution.Pair:
 
 def _spoken(messages: list[dict[str, Any]]) -> Document:
     return chat.document(Conversation(messages))
-
-
-def _plain(said: str) -> str:
-    """Returns what a prompt says without who says it, so that it is the same in every shape."""
-    return " ".join(re.sub(r"(^|\n\n)(Human|Assistant):", " ", said).split())
 
 
 def _in(size: int, encode: Callable[[list], list], groups: Sequence[Sequence]) -> list[list]:

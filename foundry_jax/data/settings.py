@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from foundry_jax.data import conversation, curriculum, filtering, mixture, pack, split
+from foundry_jax.data import conversation, curriculum, filtering, mixture, pack, pair_files, split
 
 if TYPE_CHECKING:  # it checks itself with this
     from foundry_jax.config import DataConfig
@@ -18,3 +18,5 @@ def check(config: DataConfig) -> None:
     conversation.parse(config.format)
     pack.parse(config.packing)
     curriculum.parse(config.curriculum)
+    if config.preferences:
+        pair_files.parse(config.preferences)

@@ -350,7 +350,7 @@ def nearest(instruction: str, others: Sequence[list[str]]) -> float:
     """Returns the largest ROUGE-L (F1) with the words of others, 0 if there are none.
 
     It is 2 LCS / (lengths together), which is what RapidFuzz calls the normalised similarity of insertions and
-    deletions: 0.014 s for 50,000 others, where rouge_score 0.1.2 takes 5.8 s (2 busy cores, 2026-11).
+    deletions: 0.014 s for 50,000 others, where rouge_score 0.1.2 takes 0.23 s for 2,000 (2 busy cores, 2026-11).
     """
     found = process.extractOne(words_of(instruction), others, scorer=Indel.normalized_similarity)
     return found[1] if found else 0.0

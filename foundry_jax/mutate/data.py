@@ -102,15 +102,15 @@ def constitution(config, path: str, share: str = "0.1"):
         call = _call(path, part, others)
         return spelled | {"data.preferences": f"{_as_call(config.data.preferences)}, {call}"}
     others = [one.weight for one in mixture.parse(config.data.source)]
-    call = _call(path, part, others, ", held_out=False")
+    call = _call(path, part, others)
     return spelled | {"data.source": f"{config.data.source}, {call}"}
 
 
-def _call(path: str, share: float, others: list[float], more: str = "") -> str:
+def _call(path: str, share: float, others: list[float]) -> str:
     """Returns the call that takes its share beside others of these weights."""
     if "'" in path:
         raise UserError(f"constitution: path={path!r} must not hold a quotation mark.")
-    return f"constitution(path='{path}', weight={sum(others) * share / (1 - share):.6g}{more})"
+    return f"constitution(path='{path}', weight={sum(others) * share / (1 - share):.6g}, held_out=False)"
 
 
 def _as_call(preferences: str) -> str:

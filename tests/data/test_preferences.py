@@ -177,7 +177,7 @@ def test_pairs_are_held_out_by_a_hash_of_their_prompt(hundred, write):
 
 
 def test_no_prompt_is_on_both_sides_whatever_its_shape_and_its_file(write, talker):
-    asked = f"\n\nHuman: {HELD}\n\nAssistant:"
+    asked = f"\n\nHuman: {HELD}\n\nAssistant: Human:\n\nHuman: \n\nAssistant:"  # hh-rlhf has such turns
     one = write(*[(str(i), "yes", "no") for i in range(20)], name="one.jsonl")
     user = {"role": "user", "content": HELD}
     rows = [

@@ -3,7 +3,8 @@
     {"principle": "Be polite.", "prompt": "How are you?", "chosen": "Fine, thanks.", "rejected": "Go away."}
 
 The principle, if there is one, is the system's message. Prompts and answers are texts, or lists of messages. A prompt
-of Anthropic's hh-rlhf ("\n\nHuman: How are you?\n\nAssistant:") is split into its turns. A document is a conversation.
+of Anthropic's hh-rlhf ("\n\nHuman: How are you?\n\nAssistant:") is split into its turns. A document is a conversation;
+its id is what the prompt says, so that it is held out where its pair is.
 """
 
 import dataclasses
@@ -30,6 +31,12 @@ class Pair(NamedTuple):
     chosen: Messages
     rejected: Messages
 
+    @property
+    def said(self) -> str:
+        """What the prompt says, the principle left out."""
+        spoken = [message for message in self.prompt if message["role"] != "system"]
+        return chat.document(Conversation(spoken)).text
+
 
 @dataclasses.dataclass(frozen=True)
 class PrincipledFiles(files.Files):
@@ -43,7 +50,7 @@ class PrincipledFiles(files.Files):
         for _, path in sorted(self.paths.items()):
             for row in jsonl.rows(path, SHAPE):
                 found = pair(row)
-                yield chat.document(Conversation(found.prompt + found.chosen))
+                yield chat.document(Conversation(found.prompt + found.chosen))._replace(id=prompt_key(found.said))
 
 
 def find(path: str) -> PrincipledFiles:
@@ -76,6 +83,11 @@ def pair(row: Row) -> Pair:
     require(chosen != rejected, f"{where}: chosen and rejected are the same, which prefers nothing; leave it out.")
     system = [{"role": "system", "content": principle}] if principle else []
     return Pair(system + prompt, chosen, rejected)
+
+
+def prompt_key(said: str) -> str:
+    """Returns what a prompt says without who says it, so that it is the same in every shape."""
+    return " ".join(re.sub(r"\b(Human|Assistant):", " ", said).split())
 
 
 def turns(prompt: str) -> Messages:
