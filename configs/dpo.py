@@ -1,10 +1,9 @@
 """Learning from preferences: direct preference optimization (DPO) of a pretrained model, by low-rank adapters.
 
-    python -m foundry_jax.main --config=configs/dpo.py \\
-        --config.data.preferences=pairs.jsonl --config.data.path=pairs.jsonl
+    python -m foundry_jax.main --config=configs/dpo.py
 
-A line of the file is a pair: {"prompt": ..., "chosen": ..., "rejected": ...}. data.preferences is what is learned from;
-the preferred answers at data.path are only validated on. Part of the pairs is held out, by their prompts, and at every
+reads pairs.jsonl, or what data.preferences and data.path name. A line is {"prompt": ..., "chosen": ..., "rejected": ...}.
+data.preferences is what is learned from; the preferred answers at data.path are only validated on. Part of the pairs is held out, by their prompts, and at every
 evaluation the metrics say how much the model prefers what was chosen of those, and how far it has gone from the model
 that it started from (preference_loss, reward_accuracy, kl). What DPO may still change best was learned before, by
 configs/finetune.py: start from that run with model=runs/finetune.

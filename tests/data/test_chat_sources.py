@@ -140,7 +140,7 @@ def test_a_principle_is_the_systems_message_and_the_preferred_answer_is_learned(
     assert first.conversation.messages == [
         {"role": "system", "content": "Be polite."}, user("Hi"), assistant("Hello!")
     ]  # fmt: skip
-    assert first.text == "Be polite.\n\nHi\n\nHello!" and first.id == first.conversation.id
+    assert first.text == "Be polite.\n\nHi\n\nHello!" and first.id == "Hi"  # where its pair is held out
     assert second.conversation.messages == [*TURNS, assistant("Then write.")]
 
 
