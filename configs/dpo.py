@@ -2,11 +2,11 @@
 
     python -m foundry_jax.main --config=configs/dpo.py
 
-reads pairs.jsonl, or what data.preferences and data.path name. A line is {"prompt": ..., "chosen": ..., "rejected": ...}.
-data.preferences is what is learned from; the preferred answers at data.path are only validated on. Part of the pairs is held out, by their prompts, and at every
-evaluation the metrics say how much the model prefers what was chosen of those, and how far it has gone from the model
-that it started from (preference_loss, reward_accuracy, kl). What DPO may still change best was learned before, by
-configs/finetune.py: start from that run with model=runs/finetune.
+reads pairs.jsonl, or what data.preferences and data.path name: {"prompt": ..., "chosen": ..., "rejected": ...} a line.
+data.preferences is what is learned from; the preferred answers at data.path are only validated on. Part of the pairs is
+held out, by their prompts, and at every evaluation the metrics say how much the model prefers what was chosen of those,
+and how far it has gone from the model that it started from (preference_loss, reward_accuracy, kl). What DPO may still
+change best was learned before, by configs/finetune.py: start from that run with model=runs/finetune.
 
 The argument is that of configs/finetune.py.
 
