@@ -26,10 +26,10 @@ class Documents:
 
 
 @dataclasses.dataclass(frozen=True)
-class ByDocument:
-    """A share of the documents, chosen by a hash of their ids."""
+class Validation:
+    """How documents are divided; fraction: the share that is never trained on."""
 
-    name: ClassVar[str] = "document"
+    name: ClassVar[str]
     fraction: float = 0.05
 
     def __post_init__(self):
@@ -37,24 +37,27 @@ class ByDocument:
 
     def sides(self, documents: Iterable[Document]) -> tuple[Documents, Documents]:
         """Returns (training, validation) documents."""
+        raise NotImplementedError
+
+
+class ByDocument(Validation):
+    """A share of the documents, chosen by a hash of their ids."""
+
+    name: ClassVar[str] = "document"
+
+    def sides(self, documents: Iterable[Document]) -> tuple[Documents, Documents]:
         return tuple(Documents(partial(self._side, documents, validation)) for validation in (False, True))
 
     def _side(self, documents: Iterable[Document], validation: bool) -> Iterator[Document]:
         return (one for one in documents if in_validation(one.id, self.fraction) == validation)
 
 
-@dataclasses.dataclass(frozen=True)
-class Tail:
+class Tail(Validation):
     """The end of the text, cut as nanoGPT does: text[int(n * 0.9):]; of conversations the last ones, whole."""
 
     name: ClassVar[str] = "tail"
-    fraction: float = 0.05
-
-    def __post_init__(self):
-        require_range(self, f"data.validation={self.name}: ", fraction=(0.0001, 0.5))
 
     def sides(self, documents: Iterable[Document]) -> tuple[Documents, Documents]:
-        """Returns (training, validation) documents."""
         first = next(iter(documents), None)
         if first is not None and first.conversation:
             total = sum(1 for _ in documents)
@@ -67,10 +70,10 @@ class Tail:
         return Documents(partial(part, 0, cut)), Documents(partial(part, cut, total))
 
 
-VALIDATIONS = {one.name: one for one in (ByDocument, Tail)}
+VALIDATIONS: dict[str, type[Validation]] = {one.name: one for one in (ByDocument, Tail)}
 
 
-def parse(validation: str) -> ByDocument | Tail:
+def parse(validation: str) -> Validation:
     """Returns what data.validation stands for.
 
     Raises:

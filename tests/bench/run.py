@@ -17,6 +17,7 @@ BENCHMARKS = (
     "data_speed.py",
     "data_pipeline.py",
     "near_duplicates.py",
+    "sft_and_dpo.py",
 )
 
 
