@@ -21,6 +21,10 @@ TEXTS = [f"text {i} ü" for i in range(40)]
 # ------------------------------------------------------------------------------------------------ TFDS
 
 
+# `make oracle` installs the package `datasets`, `make test` does not.
+needs_datasets = pytest.mark.oracle
+
+
 @pytest.fixture(scope="module")
 def catalogue(tmp_path_factory):
     """A folder with the data set `stories`, prepared as array_record files."""
@@ -127,6 +131,7 @@ def rows(tmp_path, monkeypatch):
     return str(folder)
 
 
+@needs_datasets
 def test_rows_of_a_data_set_are_documents(rows):
     source = huggingface.find(rows)
     assert [one.text for one in source] == TEXTS == [one.text for one in source]
@@ -136,6 +141,7 @@ def test_rows_of_a_data_set_are_documents(rows):
     assert prints[0] == prints[1] and len(set(map(str, prints))) == 3
 
 
+@needs_datasets
 def test_what_a_data_set_does_not_have_is_named(rows):
     for options, message in [
         (
@@ -153,6 +159,7 @@ def test_what_a_data_set_does_not_have_is_named(rows):
         list(huggingface.find(rows, text="number"))
 
 
+@needs_datasets
 def test_without_an_answer_of_the_hub_it_says_so_soon(monkeypatch, tmp_path):
     def silence(repository, timeout):
         time.sleep(9)
@@ -169,6 +176,7 @@ def test_without_an_answer_of_the_hub_it_says_so_soon(monkeypatch, tmp_path):
     assert time.monotonic() - start < 2
 
 
+@needs_datasets
 def test_what_is_cached_is_read_without_the_hub(monkeypatch, tmp_path, rows):
     datasets = pytest.importorskip("datasets")
     seen = []
