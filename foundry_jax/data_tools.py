@@ -1,6 +1,7 @@
 """What filters and curricula may ask for, made of models and tasks, which `data` does not know."""
 
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -37,7 +38,7 @@ class ModelScorer:
 
 
 def items(tasks: str, folder: str) -> Iterator[str]:
-    """Yields all that the items of some tasks say, question and answer; names have commas between them.
+    """Yields what the items of some tasks say, question and answer, without examples; names have commas between them.
 
     Raises:
         UserError: an unknown task, or no data for it.
@@ -45,9 +46,10 @@ def items(tasks: str, folder: str) -> Iterator[str]:
     from foundry_jax.tasks import TASKS
 
     for name in filter(None, map(str.strip, tasks.split(","))):
-        task = lookup(TASKS, name, "task")(folder or None)
-        for item in task.items():
-            yield " ".join(_texts(item.fields))
+        task = lookup(TASKS, name, "task")
+        alone = {"shots": 0} if "shots" in inspect.signature(task).parameters else {}
+        for item in task(folder or None, **alone).items():
+            yield " ".join([item.prompt, item.gold, *_texts(item.fields)])
 
 
 def _texts(value) -> Iterator[str]:
