@@ -285,7 +285,9 @@ def cost_of(block: Block):
     """Returns the marks of a block: those that start JAX are slow, and those of the README run more often."""
     if block.language != "python" and "python " not in block.text:
         return []
-    return [pytest.mark.slow] if block.page.name == "README.md" else [pytest.mark.slow, pytest.mark.exhaustive]
+    # What a sweep's command does is tested by test_sweep_command.py each time.
+    is_often = block.page.name == "README.md" and "cli.sweep" not in block.text
+    return [pytest.mark.slow] if is_often else [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 def parameters(languages: set[str]):

@@ -278,6 +278,7 @@ def many(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_process_that_is_killed_goes_on_where_it_was(model, many, tmp_path):
     arguments = ["--task=constitution", f"--path={model}", f"--data={many}", "--json"]
     kept = tmp_path / "killed" / "constitution" / "items.jsonl"

@@ -88,7 +88,7 @@ def test_the_comparison_notices_one_bit_of_one_number(undisturbed, tmp_path):
             ("eval:3", signal.SIGTERM),  # that of the averaged weights at step 20
             ("save:2", signal.SIGTERM),  # at step 15
         ],
-        [("step:12", signal.SIGINT), ("save:2", signal.SIGTERM)],
+        [("save:2", signal.SIGTERM)],
     ),
 )
 def test_a_signal_saves_the_current_step_and_the_run_goes_on_from_it(undisturbed, tmp_path, pause, number):

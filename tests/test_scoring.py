@@ -364,9 +364,7 @@ def prompts() -> list[str]:
     return [text(size, seed=size) for size in (3, 200, 70, 1, 66, 150, 131, 20, 64, 65, 129)]
 
 
-@pytest.mark.parametrize(
-    "variant", often(["gqa", "mla", "window", "window_and_full", "moe_softmax"], ["window_and_full"])
-)
+@pytest.mark.parametrize("variant", often(["gqa", "mla", "window", "window_and_full", "moe_softmax"], ["window"]))
 def test_more_prompts_than_rows_are_continued_as_each_is_alone(variant):
     scorer = Scorer(model(variant), batch_size=3)
     found = scorer.generate_until([Generation(prompt, (), 4 + i) for i, prompt in enumerate(prompts())])
@@ -476,7 +474,8 @@ def test_a_context_that_is_too_long_leaves_room_for_the_answer():
 # ------------------------------------------------------------------------------------------------ devices
 
 
-@pytest.mark.parametrize(("strategy", "tensor"), [("fsdp", 2), pytest.param("ddp", 1, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(("strategy", "tensor"), [("fsdp", 2), ("ddp", 1)])
+@pytest.mark.exhaustive
 def test_eight_devices_answer_as_one_does(strategy, tensor):
     one = model("gqa", model_dim=24, mlp_dim=32)
     many = placed(one, strategy, 8, tensor)
