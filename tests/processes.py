@@ -180,7 +180,7 @@ class Pause:
         else:
             name = {"step": "compile_train_step", "eval": "compile_eval_step"}[phase]
             compiler = getattr(compilation, name)
-            setattr(compilation, name, lambda *inputs: self.pausing(compiler(*inputs)))
+            setattr(compilation, name, lambda *inputs, **options: self.pausing(compiler(*inputs, **options)))
 
     def noting(self, note: Callable) -> Callable:
         """Returns the library's signal handler, and remembers that it was called."""

@@ -57,7 +57,10 @@ _full_size = get_config
 def get_config(arg=""):
     from foundry_jax.config import set_values
 
-    return set_values(_full_size(arg), {SMALL!r})
+    config, small = _full_size(arg), {SMALL!r}
+    if config.data.validation.startswith("tail"):
+        small.pop("data.validation", None)
+    return set_values(config, small)
 """
 
 

@@ -91,12 +91,10 @@ def test_mutations_of_the_data_are_judged_on_the_same_text(checkout):
     words = ["cli.sweep", "packing=first_fit", "curriculum=length", "data_filter=exact", *SHORT, "--json"]
     done = run(words, checkout)
     assert done.returncode == 0, done.stderr
-    contestants = json.loads(done.stdout)["contestants"]
-    for name in ("first_fit", "curriculum=length", "data_filter=exact"):
-        contestant = contestants[name]
-        assert all(check["passed"] for check in contestant["gate"]), name
-        assert [run["status"] for run in contestant["runs"]] == ["done", "done"], name
-        assert contestant["verdict"]["over_units"]["n"] > 10, name
+    contestant = json.loads(done.stdout)["contestants"]["first_fit,curriculum=length,data_filter=exact"]
+    assert len(contestant["gate"]) == 5 and all(check["passed"] for check in contestant["gate"])
+    assert [run["status"] for run in contestant["runs"]] == ["done", "done"]
+    assert contestant["verdict"]["over_units"]["n"] > 10
 
 
 @pytest.mark.slow
@@ -108,12 +106,13 @@ def test_formats_of_conversations_are_judged_on_the_same_answers(checkout):
     data += ["--config.data.vocab_size=300", "--config.data.packing=first_fit"]
     data += ["--config.data.validation=document(0.3)"]
     words = ["cli.sweep", "conversation_format", "llama3", "alpaca", "--json"]
-    done = run([*words, *SHORT, "--config.data.format=chatml", *data, "--config.model.context_length=128"], checkout)
+    data += ["--config.model.context_length=128", "--config=configs/smoke.py:chatml"]
+    done = run([*words, *SHORT[1:], *data], checkout)
     assert done.returncode == 0, done.stderr
     contestants = json.loads(done.stdout)["contestants"]
     for name in ("llama3", "alpaca"):
         assert [run["status"] for run in contestants[name]["runs"]] == ["done", "done"], contestants[name]
-        assert contestants[name]["verdict"]["estimate"] is not None
+        assert contestants[name]["verdict"]["over_units"]["n"] > 3
 
 
 @pytest.mark.slow
