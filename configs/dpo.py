@@ -12,7 +12,7 @@ The argument is that of configs/finetune.py.
 
 The default model on 200 pairs of hh-rlhf as conversations (tests/bench/sft_and_dpo.py: :steps=50 with
 model.context_length=96): the loss on 88 pairs that are held out is 0.687 (ln 2 before), reward accuracy 0.61 (0.51 to
-0.71); 6 minutes on 2 CPU cores (2026-11).
+0.71); 7 minutes on 2 CPU cores (2026-11).
 """
 
 from ml_collections import ConfigDict

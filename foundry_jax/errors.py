@@ -17,3 +17,9 @@ class MachineError(UserError):
 
 class Preempted(Exception):
     """The run was asked to stop and has saved what it had; the message says where."""
+
+
+def first_line(error: Exception) -> str:
+    """Returns what a library says of an error, without what it says on further lines."""
+    said = str(error).strip()
+    return said.splitlines()[0].rstrip(".") if said else type(error).__name__

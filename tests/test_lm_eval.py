@@ -14,7 +14,6 @@ import pytest
 from foundry_jax import zoo
 from foundry_jax.errors import UserError
 from foundry_jax.generate import Sampling
-from foundry_jax.tasks import data
 from foundry_jax.tasks.requests import Continuation, Generation
 from foundry_jax.tasks.scoring import Scorer
 from tests import checkpoints
@@ -271,7 +270,7 @@ def test_a_task_without_its_data_is_refused(adapter, make_task, tmp_path):
 @pytest.mark.oracle
 def test_without_a_network_it_is_known_soon(adapter, monkeypatch):
     adapter._manager()
-    monkeypatch.setattr(data, "hub_answers", lambda repository: lambda: False)
+    monkeypatch.setattr(adapter, "hub_answers", lambda repository: lambda: False)
     start = time.perf_counter()
     with pytest.raises(UserError, match="cannot load 'hellaswag' .*comes from the hub, which does not answer, unless"):
         adapter.check("hellaswag")

@@ -301,13 +301,13 @@ def test_without_a_network_it_takes_a_few_seconds_to_say_so(monkeypatch, tmp_pat
     found = hub(monkeypatch, info)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "none"))
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"openai/gsm8k the hub does not answer, .*test.jsonl.*\.parquet") as caught:
+    with pytest.raises(UserError, match=r"openai/gsm8k .* the hub does not answer, .*test.jsonl.*\.parquet") as caught:
         GSM8K()
     assert time.monotonic() - start < (2 if how == "silence" else 0.4) and "\n" not in str(caught.value)
     assert not found.asked
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     (tmp_path / "openai___gsm8k").mkdir()
-    with pytest.raises(UserError, match="openai/gsm8k the hub says: offline"):
+    with pytest.raises(UserError, match="openai/gsm8k cannot be loaded: offline"):
         GSM8K()
     found.cached = True
     assert len(GSM8K(shots=0).items()) == 2
@@ -324,15 +324,17 @@ def test_what_the_hub_says_is_passed_on(monkeypatch):
         raise Refused
 
     found = hub(monkeypatch, info)
-    found.load_dataset = lambda **_: (_ for _ in ()).throw(ValueError("is gated.\nGo there."))
-    with pytest.raises(UserError, match=r"for openai/gsm8k the hub says: is gated\. Instead, give --data"):
+    found.load_dataset = lambda *_, **__: (_ for _ in ()).throw(ValueError("is gated.\nGo there."))
+    with pytest.raises(UserError, match=r"and openai/gsm8k cannot be loaded: is gated\. Instead, give --data"):
         GSM8K()
 
 
 def test_without_the_package_it_says_what_else_to_give(monkeypatch):
     hub(monkeypatch, lambda repository, timeout: None)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"needs the package datasets: pip install datasets\. Instead, give --data="):
+    with pytest.raises(
+        UserError, match=r"needs .* datasets: pip install 'foundry-jax\[data\]'\. Instead, give --data="
+    ):
         MMLU()
 
 

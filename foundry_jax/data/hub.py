@@ -1,6 +1,8 @@
-"""Whether the Hugging Face hub answers: without a network, its libraries ask again and again, for minutes."""
+"""Data sets of the Hugging Face hub. Without a network its libraries ask again and again, for minutes; not here."""
 
 import contextlib
+import importlib
+import importlib.util
 import logging
 import os
 import pathlib
@@ -8,13 +10,46 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import huggingface_hub
 import huggingface_hub.constants
 
+from foundry_jax.errors import UserError, first_line
+from foundry_jax.schema import require
+
 log = logging.getLogger(__name__)
 
 HUB_SECONDS = 2.0  # to hear from the hub at all: without a network the user shall know within 5 s
+
+
+def load_dataset(path: str, *, subject: str, instead: str, **options: str | None) -> Any:
+    """Returns a data set of a folder or of the hub, or of the cache of `datasets` if the hub does not answer.
+
+    Args:
+        path: the folder, or the name on the hub.
+        subject: what messages begin with; instead: what they end with.
+        options: those of datasets.load_dataset, which returns a Dataset if a split is among them.
+
+    Raises:
+        UserError: no such data set, no package to get it with, or no network.
+    """
+    require(
+        importlib.util.find_spec("datasets") is not None,
+        f"{subject} needs the package datasets: pip install 'foundry-jax[data]'. {instead}",
+    )
+    local = pathlib.Path(path).expanduser().is_dir()
+    answers = local or hub_answers(path)()
+    require(
+        answers or may_be_cached(path),
+        f"{subject} cannot be loaded: the hub does not answer, nor is it in the cache of datasets. {instead}",
+    )
+    datasets = importlib.import_module("datasets")  # takes seconds
+    with offline(datasets, active=not answers):
+        try:
+            return datasets.load_dataset(os.path.expanduser(path) if local else path, **options)
+        except Exception as error:  # of whichever of its many libraries; passed on in one line
+            raise UserError(f"{subject} cannot be loaded: {first_line(error)}. {instead}") from None
 
 
 def hub_answers(repository: str) -> Callable[[], bool]:

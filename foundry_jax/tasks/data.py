@@ -1,14 +1,12 @@
 """Items on disk, or on the hub: files to records that know where they stand.
 
-Accepted are JSONL (.jsonl, .jsonl.gz), a list in a .json file, and .parquet, which needs pyarrow. The path is a file or
+Accepted are JSONL (.jsonl, .jsonl.gz), a list in a .json file, and .parquet. The path is a file or
 a folder; each task says which names it looks for in a folder, and what a record holds. Without a path it is that of
 $FOUNDRY_EVAL_DATA; without that, it is the data set on the Hugging Face hub, if the package `datasets` is there.
 """
 
 import dataclasses
 import gzip
-import importlib
-import importlib.util
 import json
 import logging
 import os
@@ -17,8 +15,8 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from foundry_jax.data.hub import hub_answers, may_be_cached, offline
-from foundry_jax.errors import UserError
+from foundry_jax.data.hub import load_dataset
+from foundry_jax.errors import UserError, first_line
 from foundry_jax.schema import require
 
 log = logging.getLogger(__name__)
@@ -185,14 +183,13 @@ def _parse(data: bytes, where: str, shape: str) -> Any:
 
 
 def _parquet(path: pathlib.Path) -> list[dict[str, Any]]:
+    import pyarrow  # takes 0.25 s
+    import pyarrow.parquet
+
     try:
-        pyarrow = importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise UserError(f"{path}: .parquet files need pyarrow; pip install pyarrow, or give JSONL.") from None
-    try:
-        return pyarrow.read_table(path).to_pylist()
-    except importlib.import_module("pyarrow").ArrowException as error:
-        raise UserError(f"{path} is no Parquet file: {str(error).splitlines()[0]}.") from None
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is no Parquet file: {first_line(error)}.") from None
 
 
 def _is_unicode(text: str) -> bool:
@@ -213,28 +210,9 @@ def _from_hub(layout: Layout, split: str) -> Split:
         UserError: no data set, no package to get it with, or no network: says what files to give instead.
     """
     require(layout.hub is not None, f"{layout.task} has no data of its own: give {layout.accepted}.")
-    repository, what = layout.hub["path"], f"{layout.task} was given no data, and"
-    instead = f"Instead, give {layout.accepted}."
-    require(
-        importlib.util.find_spec("datasets") is not None,
-        f"{what} getting {repository} from the hub needs the package datasets: pip install datasets. {instead}",
-    )
-    answers = hub_answers(repository)()
-    require(
-        answers or may_be_cached(repository),
-        f"{what} for {repository} the hub does not answer, nor is it in the cache. {instead}",
-    )
-    datasets = importlib.import_module("datasets")
-    with offline(datasets, active=not answers):
-        try:
-            rows = datasets.load_dataset(**layout.hub, split=split)
-        except Exception as error:  # of whichever of its many libraries; passed on in one line
-            raise UserError(f"{what} for {repository} the hub says: {_line(error)}. {instead}") from None
+    repository = layout.hub["path"]
+    subject, instead = f"{layout.task} was given no data, and {repository}", f"Instead, give {layout.accepted}."
+    rows = load_dataset(**layout.hub, split=split, subject=subject, instead=instead)
     log.info("%s: %s records of %s.", layout.task, f"{len(rows):,}", repository)
     records = [Record(f"{repository}, {split}, row {i},", row, layout.shape) for i, row in enumerate(rows, start=1)]
     return Split(records, repository)
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

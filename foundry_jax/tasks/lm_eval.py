@@ -33,10 +33,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from foundry_jax.data.chat import Chat, render
+from foundry_jax.data.hub import hub_answers, offline
 from foundry_jax.data.tokenize import Tokenizer
-from foundry_jax.errors import UserError
+from foundry_jax.errors import UserError, first_line
 from foundry_jax.generate import Sampling
-from foundry_jax.tasks import data
 from foundry_jax.tasks.base import Metric
 from foundry_jax.tasks.requests import Continuation, Generation
 from foundry_jax.tasks.scoring import Scorer
@@ -234,9 +234,9 @@ def _load(name: str) -> _Loaded:
     path = entry.yaml_path if entry else Path(name)
     random.seed(DEFAULT_RANDOM_SEED)  # as lm_eval.simple_evaluate does
     np.random.seed(DEFAULT_OTHER_SEED)
-    online = data.hub_answers(SOME_DATA_SET)()
+    online = hub_answers(SOME_DATA_SET)()
     try:
-        with contextlib.redirect_stdout(sys.stderr), data.offline(datasets, active=not online):
+        with contextlib.redirect_stdout(sys.stderr), offline(datasets, active=not online):
             if path and load_yaml(path, resolve_func=False).get("unsafe_code"):
                 raise _no_sandbox(name)  # before its own code is loaded, which may bring more from the hub
             loaded = manager.load([name])
@@ -244,7 +244,7 @@ def _load(name: str) -> _Loaded:
         raise
     except Exception as error:  # a task's own code fails, or any of the libraries that fetch data
         raise UserError(
-            f"lm-eval cannot load {name!r} ({type(error).__name__}: {_first_line(error)}): its data comes from the "
+            f"lm-eval cannot load {name!r} ({type(error).__name__}: {first_line(error)}): its data comes from the "
             f"hub{'' if online else ', which does not answer,'} unless its YAML names files (dataset_path: json, "
             f"dataset_kwargs: data_files)."
         ) from error
@@ -257,10 +257,6 @@ def _load(name: str) -> _Loaded:
 @functools.cache  # it reads 14,000 files
 def _manager() -> TaskManager:
     return TaskManager()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0].rstrip(".")[:200]
 
 
 def _refuse_what_is_not_offered(task) -> None:

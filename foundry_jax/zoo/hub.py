@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from foundry_jax.errors import UserError
+from foundry_jax.errors import UserError, first_line
 from foundry_jax.schema import require
 from foundry_jax.zoo.catalog import Entry
 
@@ -118,17 +118,11 @@ def _explained(repository: str, revision: str) -> Iterator[None]:
             f"The hub has no model {repository}, or it is private: check the name, or log in with `hf auth login`."
         ) from None
     except HFValidationError as error:
-        raise UserError(f"{repository!r} is no name of a repository: {_line(error)}.") from None
+        raise UserError(f"{repository!r} is no name of a repository: {first_line(error)}.") from None
     except HfHubHTTPError as error:
-        raise UserError(f"The hub did not give {what}: {_line(error)}.") from None
+        raise UserError(f"The hub did not give {what}: {first_line(error)}.") from None
     except (HTTPError, EntryNotFoundError, OSError) as error:
         raise UserError(
-            f"Cannot get {what} from the hub: {_line(error)}. Without a network, get {NEEDED} elsewhere and give their "
-            f'folder: load_pretrained("/path/to/folder").'
+            f"Cannot get {what} from the hub: {first_line(error)}. Without a network, get {NEEDED} elsewhere and give "
+            f'their folder: load_pretrained("/path/to/folder").'
         ) from None
-
-
-def _line(error: Exception) -> str:
-    """Returns the first line of an error, which may have many."""
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

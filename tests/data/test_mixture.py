@@ -56,9 +56,9 @@ def test_options_of_a_source_have_types_and_defaults_and_no_common_names(name):
 )
 @pytest.mark.parametrize("path", ["", "nowhere/at/all"])
 def test_every_source_says_what_its_path_must_be(name, path, monkeypatch):
-    from foundry_jax.data.sources import huggingface
+    from foundry_jax.data import hub
 
-    monkeypatch.setattr(huggingface, "hub_answers", lambda repository: lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda repository: lambda: False)
     with pytest.raises(UserError, match=r"data\.path") as caught:
         SOURCES[name](path)
     assert "\n" not in str(caught.value) and (not path or path in str(caught.value))

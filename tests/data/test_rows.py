@@ -156,18 +156,21 @@ def test_a_bad_table_is_named(write, tmp_path):
 # Linux keeps ru_maxrss of what a process was before it became another program; VmHWM is its own.
 READ = """
 import pathlib, re, sys
-from foundry_jax.data.sources import SOURCES
-for document in SOURCES[sys.argv[1]](sys.argv[2]):
+from foundry_jax.data.mixture import opened
+for document in opened(*sys.argv[1:])[0].source:
     pass
 print(document.id, *re.findall(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text()))
 """
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["jsonl", "parquet"])
-def test_a_large_file_is_never_in_memory_whole(name, tmp_path):
-    path, text = tmp_path / f"large.{name}", os.urandom(20_000).hex()
-    if name == "jsonl":
+@pytest.mark.parametrize("source", ["jsonl", "parquet", "text(separator='<|endoftext|>')"])
+def test_a_large_file_is_never_in_memory_whole(source, tmp_path):
+    path, text = tmp_path / "large", os.urandom(20_000).hex()
+    if source.startswith("text"):
+        with open(path, "w") as file:
+            file.writelines(f"{'<|endoftext|>' * (i > 0)}{i} {text}" for i in range(10_000))
+    elif source == "jsonl":
         with open(path, "w") as file:
             file.writelines(f'{{"text": "{i} {text}"}}\n' for i in range(10_000))
     else:
@@ -179,6 +182,6 @@ def test_a_large_file_is_never_in_memory_whole(name, tmp_path):
     if not pathlib.Path("/proc/self/status").exists():
         pytest.skip("needs Linux's account of a process's memory")
     assert path.stat().st_size > 390e6
-    done = subprocess.run([sys.executable, "-c", READ, name, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", READ, source, str(path)], capture_output=True, text=True, check=True)
     name, kilobytes = done.stdout.split()
     assert name.endswith(":10000") and int(kilobytes) < 300_000

@@ -42,6 +42,27 @@ def test_text_is_what_the_bytes_say(tmp_path):
     assert list(text.find(str(tmp_path))) == [Document("a", content)]
 
 
+@pytest.mark.parametrize("block", [1, 2, 5, 7, 1000])
+def test_a_file_is_cut_at_separators_wherever_they_fall(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(text, "BLOCK", block)
+    contents = {"a": "one<|>two, ü<|><|>\n<||>four<|>", "b": "five", "c": "<|>"}
+    write(tmp_path, **contents)
+    found = list(text.find(str(tmp_path), separator="<|>"))
+    assert found == [
+        Document(f"{name}:{number}", piece)
+        for name, content in contents.items()
+        for number, piece in enumerate(content.split("<|>"), start=1)
+    ]
+    prints = [text.find(str(tmp_path), separator=one).fingerprint() for one in ("", "<|>", "|")]
+    assert len(set(map(str, prints))) == 3
+
+
+def test_a_separated_document_that_is_not_utf8_is_named_with_its_offset_in_the_file(tmp_path):
+    write(tmp_path, stories=b"one\n\ncaf\xe9 noir")
+    with pytest.raises(UserError, match="stories is not UTF-8: byte 0xe9 at offset 8"):
+        list(text.find(str(tmp_path), separator="\n\n"))
+
+
 def test_fingerprint_follows_content_and_ids_but_not_place_or_time(tmp_path):
     first, second = write(tmp_path / "1", a="x", b="y"), write(tmp_path / "2", a="x", b="y")
     fingerprint = text.find(str(first)).fingerprint()

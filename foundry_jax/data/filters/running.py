@@ -44,10 +44,6 @@ class Tally:
     def documents_out(self) -> int:
         return self.documents_in - self.documents_removed
 
-    @property
-    def bytes_out(self) -> int:
-        return self.bytes_in - self.bytes_removed
-
     def count(self, documents: Sequence[Document], verdicts: Sequence[str | None]) -> list[Document]:
         """Returns the documents that are kept."""
         removed = [(document, why) for document, why in zip(documents, verdicts, strict=True) if why is not None]

@@ -6,19 +6,15 @@ A document is a value of a column of text. The data set is downloaded once, to t
 """
 
 import dataclasses
-import importlib
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from foundry_jax.data.document import Document
-from foundry_jax.data.hub import hub_answers, may_be_cached, offline
-from foundry_jax.data.sources.rows import Row, document, first_line, require_field
-from foundry_jax.errors import UserError
+from foundry_jax.data.hub import load_dataset
+from foundry_jax.data.sources.rows import Row, document, require_field
 from foundry_jax.schema import require
 
-INSTEAD = "Instead, get its files as JSONL, Parquet or text, and use data.source=jsonl, parquet or text"
+INSTEAD = "Instead, get its files as JSONL, Parquet or text, and use data.source=jsonl, parquet or text."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,28 +55,10 @@ def find(path: str, *, config: str = "", split: str = "train", text: str = "text
         UserError: no such data set, no package to get it with, or no network: says what to do instead.
     """
     require(bool(path), "data.path is empty; data.source=huggingface needs the name of a data set, such as owner/name.")
-    require(
-        importlib.util.find_spec("datasets") is not None,
-        f"data.source=huggingface needs the package datasets: pip install 'foundry-jax[data]'. {INSTEAD}.",
+    rows = load_dataset(
+        path, name=config or None, split=split, subject=f"data.path={path!r} with {split=}", instead=INSTEAD
     )
-    rows = _load(path, config, split)
     name = ", ".join(filter(None, (path, config, split)))
     require_field(name, text, "text", rows.column_names, "huggingface")
     require_field(name, id, "id", rows.column_names, "huggingface")
     return HubRows(name, rows, text, id)
-
-
-def _load(path: str, config: str, split: str) -> Any:
-    folder = Path(path).expanduser()
-    local = folder.is_dir()
-    answers = local or hub_answers(path)()
-    require(
-        answers or may_be_cached(path),
-        f"The hub does not answer about data.path={path!r}, nor is that in the cache of datasets. {INSTEAD}.",
-    )
-    datasets = importlib.import_module("datasets")
-    with offline(datasets, active=not answers):
-        try:
-            return datasets.load_dataset(str(folder) if local else path, config or None, split=split)
-        except Exception as error:  # of whichever of its many libraries; passed on in one line
-            raise UserError(f"Cannot load data.path={path!r}, {split=}: {first_line(error)}. {INSTEAD}.") from None

@@ -11,7 +11,7 @@ from typing import Any
 from foundry_jax.data.document import Document
 from foundry_jax.data.sources import files
 from foundry_jax.data.sources.rows import Row, decoded, document, require_field
-from foundry_jax.errors import UserError
+from foundry_jax.errors import UserError, first_line
 
 SUFFIXES = (".parquet",)
 ROWS = 64  # read at a time
@@ -69,7 +69,7 @@ def _rows(path: Path, **options: str) -> Iterator[Row]:
                     texts = (decoded(value, where) for value in values)
                     yield Row(where, number, dict(zip(batch.schema.names, texts, strict=True)))
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is no Parquet file: {str(error).splitlines()[0]}.") from None
+        raise UserError(f"{path} is no Parquet file: {first_line(error)}.") from None
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
 

@@ -57,9 +57,3 @@ def not_utf8(where: str, error: UnicodeDecodeError, part: str) -> UserError:
     return UserError(
         f"{where}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} of the {part}."
     )
-
-
-def first_line(error: Exception) -> str:
-    """Returns what a library says of an error, without what it says on further lines."""
-    said = str(error).strip()
-    return said.splitlines()[0].rstrip(".") if said else type(error).__name__
