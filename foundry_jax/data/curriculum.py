@@ -12,6 +12,7 @@ and once the pool is everything, the very same ones.
 start: the share of the rows in the pool at step 0. steps: the share of the run's steps after which all are in it.
 """
 
+import abc
 import dataclasses
 import math
 import zlib
@@ -39,7 +40,7 @@ PACINGS: dict[str, Callable[[float, float], float]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Difficulty:
+class Difficulty(abc.ABC):
     """What makes a document hard, and how fast the pool grows."""
 
     pacing: str = "linear"
@@ -51,13 +52,13 @@ class Difficulty:
         lookup(PACINGS, self.pacing, f"{SETTING}: pacing")
         require_range(self, f"{SETTING}: ", start=(0, 1), steps=(0, 1))
 
+    @abc.abstractmethod
     def fingerprint(self, tools: Tools) -> str:
         """Returns text that is another if difficulties are; pacing does not change them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def measure(self, tools: Tools) -> Measure:
         """Returns what measures some documents, one difficulty each, more being harder."""
-        raise NotImplementedError
 
     def share(self, step: int, num_steps: int) -> float:
         """Returns the share of the rows in the pool at a step of the run, more than 0 and at most 1."""

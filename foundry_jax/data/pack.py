@@ -12,6 +12,7 @@ its first token. A document longer than a row is cut into pieces of L, so nothin
     best_fit(bins=32)       each piece in the fullest of 32 open rows that has room
 """
 
+import abc
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Packing:
+class Packing(abc.ABC):
     """A way to cut documents into pieces and to lay these into rows."""
 
     def cut(self, starts: np.ndarray, length: int) -> np.ndarray:
@@ -65,9 +66,9 @@ class Packing:
         size_P = np.minimum(sizes[document_P] - number_P * length, length)
         return np.stack([starts[document_P] + number_P * length, size_P], axis=1)
 
+    @abc.abstractmethod
     def place(self, pieces: np.ndarray, length: int) -> np.ndarray:
         """Returns the row of each piece, [P] int64."""
-        raise NotImplementedError
 
 
 class Split(Packing):

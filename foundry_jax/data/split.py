@@ -1,5 +1,6 @@
 """Which documents are for training and which for validation. No seed enters: every run is measured on the same text."""
 
+import abc
 import dataclasses
 import hashlib
 import itertools
@@ -26,7 +27,7 @@ class Documents:
 
 
 @dataclasses.dataclass(frozen=True)
-class Validation:
+class Validation(abc.ABC):
     """How documents are divided; fraction: the share that is never trained on."""
 
     name: ClassVar[str]
@@ -35,9 +36,9 @@ class Validation:
     def __post_init__(self):
         require_range(self, f"data.validation={self.name}: ", fraction=(0.0001, 0.5))
 
+    @abc.abstractmethod
     def sides(self, documents: Iterable[Document]) -> tuple[Documents, Documents]:
         """Returns (training, validation) documents."""
-        raise NotImplementedError
 
 
 class ByDocument(Validation):

@@ -1,8 +1,8 @@
 """Items on disk, or on the hub: files to records that know where they stand.
 
-Accepted are JSONL (.jsonl, .jsonl.gz), a list in a .json file, and .parquet. The path is a file or
-a folder; each task says which names it looks for in a folder, and what a record holds. Without a path it is that of
-$FOUNDRY_EVAL_DATA; without that, it is the data set on the Hugging Face hub, if the package `datasets` is there.
+Accepted are JSONL (.jsonl, .jsonl.gz), a list in a .json file, and .parquet. The path is a file or a folder; each task
+says which names it looks for in a folder, and what a record holds. Without a path it is that of $FOUNDRY_EVAL_DATA;
+without that, it is the data set on the Hugging Face hub, if the package `datasets` is there.
 """
 
 import dataclasses
